@@ -1,0 +1,70 @@
+"""Files that are either whole or absent: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from guardbench.errors import GuardbenchError
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `target`; renames it to `target` when the block ends well.
+
+    Raises:
+        GuardbenchError: the folder cannot be written or the disk is full; `target` is as it was.
+    """
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            with part.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            part.chmod(0o644)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes `text` as UTF-8 with Unix line ends, whole or not at all."""
+    with atomic_path(target) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_text(path: Path, *, what: str, limit: int = 64 << 20) -> str:
+    """Reads a UTF-8 file of at most `limit` bytes; `what` names the kind of file in an error."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise GuardbenchError(f"{path}: {what} is {size} bytes, over the limit of {limit}.")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GuardbenchError(f"{path}: {what} is not UTF-8 text ({error.reason}).") from error
+    except OSError as error:
+        raise GuardbenchError(f"{path}: cannot read {what}: {error.strerror}.") from error
+
+
+@contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """Turns the operating system's refusal to write `target` into one line with the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise GuardbenchError(
+                f"{target}: the disk is full; free some space or choose another folder with --output."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise GuardbenchError(
+                f"{target}: cannot be written ({error.strerror}); choose another folder with --output."
+            ) from error
+        raise
