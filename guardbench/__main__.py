@@ -1,0 +1,5 @@
+"""`python -m guardbench`."""
+
+from guardbench.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Attacks behind one interface; `guardbench.attacks.build` makes them by name, without torch."""

@@ -1,0 +1,94 @@
+"""Geometry of the threat models: lengths, projections, steepest directions, random points."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from guardbench.canonical import derive_seed
+from guardbench.errors import GuardbenchError
+from guardbench.threat import Norm, ThreatModel
+
+FLOAT32_ULP = 2.0**-23
+"""Spacing of float32 numbers just above 1: what a pixel in [0, 1] cannot resolve."""
+
+
+def require_norm(name: str, threat: ThreatModel, norms: Collection[Norm]) -> None:
+    """Refuses a threat model whose norm the attack called `name` does not have."""
+    if threat.norm not in norms:
+        raise GuardbenchError(f"{name} attacks in {' and '.join(norms)}, not in {threat.norm}")
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """`values` [N] shaped [N, 1, 1, 1] so that it broadcasts over the images `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def length(delta: Tensor, norm: Norm) -> Tensor:
+    """The norm of every image of `delta` [N, ...] over all its pixels, in its dtype, [N]."""
+    order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[norm]
+    size: Tensor = torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1)
+    return size
+
+
+def tolerance(threat: ThreatModel, pixels: int) -> float:
+    """By how much float32 arithmetic alone can put an image of `pixels` values outside the ball.
+
+    Two float32 steps a pixel; where lengths are sums (l2, l1), also 1e-5 of the radius, for
+    the sums that an attack took in float32.
+    """
+    step = 2 * FLOAT32_ULP
+    if threat.norm == "linf":
+        return step
+    return 1e-5 * float(threat.eps) + step * (pixels**0.5 if threat.norm == "l2" else pixels)
+
+
+def project(adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+    """The nearest images to `adv` inside the ball around `x` (l-inf or l2), clipped to [0, 1].
+
+    Clipping after the l2 projection only moves a pixel towards `x`, so the image stays inside.
+    """
+    eps = float(threat.eps)
+    if threat.norm == "linf":
+        return torch.clamp(adv, x - eps, x + eps).clamp_(0, 1)
+    delta = adv - x
+    shrink = (eps / length(delta, "l2").clamp_min(1e-12)).clamp_max(1)
+    return (x + delta * per_image(shrink, x)).clamp_(0, 1)
+
+
+def steepest(gradient: Tensor, norm: Norm) -> Tensor:
+    """The step of length 1 along which a linear function grows most: sign (l-inf) or g / |g| (l2).
+
+    A zero gradient gives a zero step. A gradient is scaled by its largest entry before it is
+    squared, since those of confident models are too small for the square to fit in float32.
+    """
+    if norm == "linf":
+        return gradient.sign()
+    largest = length(gradient, "linf")
+    scaled = gradient / per_image(torch.where(largest > 0, largest, 1), gradient)
+    return scaled / per_image(length(scaled, "l2").clamp_min(1e-12), gradient)
+
+
+def random_start(x: Tensor, threat: ThreatModel, seed: int, restart: int = 0) -> Tensor:
+    """A uniformly random point of the ball (l-inf or l2) around every image, clipped to [0, 1].
+
+    The noise of an image is a function of `seed`, `restart` and the image's own bytes, and is
+    drawn on the CPU: it does not depend on the device, on the batch or on the place in it.
+    """
+    noise = [_noise(image, threat, seed, restart) for image in x.detach().cpu()]
+    return project(x + torch.stack(noise).to(x.device, x.dtype), x, threat)
+
+
+def _noise(image: Tensor, threat: ThreatModel, seed: int, restart: int) -> Tensor:
+    key = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
+    generator = torch.Generator().manual_seed(derive_seed(seed, "start", restart, key))
+    eps = float(threat.eps)
+    if threat.norm == "linf":
+        return torch.empty(image.shape).uniform_(-eps, eps, generator=generator)
+    direction = torch.randn(image.shape, generator=generator)
+    radius = eps * torch.rand((), generator=generator) ** (1 / image.numel())
+    scaled: Tensor = direction * (radius / torch.linalg.vector_norm(direction))
+    return scaled

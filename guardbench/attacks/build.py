@@ -1,0 +1,100 @@
+"""Attacks by name: the table of kinds and the reading of their parameters; no torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from guardbench.errors import GuardbenchError
+from guardbench.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from guardbench.attacks.base import Attack
+
+ATTACKS: dict[str, str] = {
+    "autoattack": "guardbench.attacks.autoattack:AutoAttack",
+    "cw": "guardbench.attacks.cw:CW",
+    "fgsm": "guardbench.attacks.fgsm:FGSM",
+    "mim": "guardbench.attacks.mim:MIM",
+    "pgd": "guardbench.attacks.pgd:PGD",
+    "square": "guardbench.attacks.autoattack:Square",
+}
+
+
+def parse_fraction(text: str) -> Fraction:
+    """The exact value of `1/255`, `0.25/255`, `0.5` or `3`.
+
+    Raises:
+        GuardbenchError: `text` is no such number, or divides by zero.
+    """
+    above, slash, below = text.partition("/")
+    try:
+        if "/" in below:
+            raise ValueError
+        return Fraction(above.strip()) / Fraction(below.strip() if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        raise GuardbenchError(f"{text!r} is not a fraction such as 1/255 or 0.25/255") from None
+
+
+def build_attack(kind: str, threat: ThreatModel, params: Mapping[str, object]) -> Attack:
+    """The attack called `kind` within `threat`, with its own parameters replaced by `params`.
+
+    Args:
+        kind: a key of `ATTACKS`.
+        threat: the ball; an unbounded attack (`cw`) does not use it and keeps `threat` None.
+        params: keyword parameters of the attack's class. A length in pixels is an exact
+            fraction: a `Fraction`, an int, or text such as `"0.25/255"`.
+
+    Raises:
+        GuardbenchError: an unknown kind or parameter, a value of the wrong type or out of
+            range, or a norm that the attack lacks.
+    """
+    if kind not in ATTACKS:
+        raise GuardbenchError(f"unknown attack {kind!r}; {_suggest(kind, sorted(ATTACKS))}")
+    module, _, name = ATTACKS[kind].partition(":")
+    attack_class: Any = getattr(importlib.import_module(module), name)
+    hints = get_type_hints(attack_class)
+    allowed = [field.name for field in fields(attack_class) if field.name != "threat"]
+    arguments: dict[str, object] = {}
+    for key, value in params.items():
+        if key not in allowed:
+            hint = _suggest(key, allowed)
+            raise GuardbenchError(f"attack {kind} has no parameter {key!r}; {hint}")
+        arguments[key] = _typed(kind, key, value, hints[key])
+    if hints["threat"] is not type(None):
+        arguments["threat"] = threat
+    return cast("Attack", attack_class(**arguments))
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    listed = f"it must be one of {', '.join(known)}" if known else "there are none"
+    return f"did you mean {close[0]!r}? {listed}" if close else listed
+
+
+def _typed(kind: str, key: str, value: object, wanted: Any) -> object:
+    """`value` as the type that the attack's field declares; a bool is never taken for a number."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if wanted is Fraction and (number or isinstance(value, Fraction)):
+        return Fraction(cast("int | Fraction", value))
+    if wanted is Fraction and isinstance(value, str):
+        return parse_fraction(value)
+    if wanted is float and (number or isinstance(value, float)):
+        return float(cast("int | float", value))
+    if wanted is int and number:
+        return value
+    if wanted is bool and isinstance(value, bool):
+        return value
+    if get_origin(wanted) is Literal and value in get_args(wanted):
+        return value
+    expected = {
+        Fraction: 'an exact fraction in quotes, such as "0.25/255"',
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+    }.get(wanted) or f"one of {', '.join(map(repr, get_args(wanted)))}"
+    raise GuardbenchError(f"attack {kind}: {key} must be {expected}, not {value!r}")

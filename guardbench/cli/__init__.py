@@ -1,0 +1,58 @@
+"""The command line: one module a verb. Nothing here imports torch before a verb needs it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+import guardbench
+from guardbench.cli import leaderboard
+from guardbench.cli.run import run
+from guardbench.cli.show import show
+from guardbench.errors import GuardbenchError
+
+app = typer.Typer(
+    name="guardbench",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Benchmark adversarially robust dataset distillation: distil, train, attack, rank.\n\n"
+    "Example: guardbench run --method guard --dataset digits",
+)
+app.command()(run)
+app.command()(show)
+app.add_typer(leaderboard.app, name="leaderboard")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(guardbench.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001 - the callback does the work
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+def main() -> None:
+    """The entry point: bad input is one line and exit code 2; an interrupt exits with 130."""
+    # Without this, `guardbench show RECORD | head` would end in a traceback.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        app()
+    except GuardbenchError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to go on from here", err=True)
+        sys.exit(130)

@@ -1,0 +1,168 @@
+"""`guardbench run`: distil, train students, attack them, write a record and the boards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from guardbench.distillers.base import PlannedStage
+    from guardbench.pipeline import Plan
+
+
+def run(
+    method: Annotated[str, typer.Option(help="A folder of baselines/, such as guard or sre2l.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="digits, imagenette, cifar10, ...", show_default=False)
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="What is measured: an id such as imagenette-64, or your own FILE.toml. "
+            "By default the protocol called as the dataset.",
+            show_default=False,
+        ),
+    ] = None,
+    ipc: Annotated[int, typer.Option(help="Images per class of the distilled set.")] = 10,
+    seed: Annotated[
+        int, typer.Option(help="Root of every random choice of the distillation.", min=0)
+    ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(help="Of distillation and training: auto, fp32 or bf16. Attacks are fp32."),
+    ] = "auto",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where <dataset>/{train,val}/<class>/ lies; GUARDBENCH_DATA says the same.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where decoded images are kept; GUARDBENCH_CACHE says the same. "
+            "By default ~/.cache/guardbench.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="The workspace: artifacts, records and boards of what is run.")
+    ] = Path("guardbench-runs"),
+    publish: Annotated[
+        bool,
+        typer.Option(
+            "--publish",
+            help="In a checkout: also store the record under baselines/ and rebuild leaderboards/.",
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
+) -> None:
+    """Distil a dataset, train students on it, attack them, and rank the result.
+
+    A killed run goes on where it stopped when the same command is given again.
+
+    Example: guardbench run --method guard --dataset digits --ipc 10
+    """
+    from rich.console import Console
+
+    console = Console()
+    with console.status("looking around") if console.is_terminal else _Quiet():
+        from guardbench.pipeline import Settings, execute, expected_seconds, make_plan
+        from guardbench.progress import Progress
+
+        settings = Settings(
+            method=method,
+            dataset=dataset,
+            protocol=protocol,
+            ipc=ipc,
+            seed=seed,
+            device=device,
+            precision=precision,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            output=output,
+            publish=publish,
+        )
+        plan = make_plan(settings, Progress(console))
+        seconds = expected_seconds(plan)
+    print_plan(console, plan, seconds)
+    if dry_run:
+        return
+    console.print()
+    finished = execute(plan)
+    from guardbench.leaderboard import threat_text
+    from guardbench.report import print_record
+
+    console.print()
+    print_record(
+        console, finished.record, threat=threat_text(plan.protocol), paths=finished.paths
+    )
+
+
+class _Quiet:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def print_plan(console: Console, plan: Plan, seconds: float) -> None:
+    """Prints what a run will do, stage by stage, and what of it is done."""
+    from rich.markup import escape
+
+    from guardbench.leaderboard import threat_text
+    from guardbench.progress import clock
+    from guardbench.runtime import device_name
+
+    protocol, task = plan.protocol, plan.task
+    run, settings = task.run, plan.settings
+    train = f"{task.train_images} training, {protocol.test.count} test images"
+    state = "decoded" if plan.decoded else "to be decoded"
+    lines = {
+        "method": f"{plan.method.title} ({task.recipe.regulariser['kind']} regulariser)",
+        "dataset": f"{protocol.dataset} at {protocol.resolution} px, {train}; {state}",
+        "images from": plan.located.description,
+        "protocol": f"{protocol.id} ({protocol.digest[:12]}): {protocol.title}",
+        "IPC": f"{settings.ipc}, {settings.ipc * len(task.classes)} images in all",
+        "students": f"{len(protocol.student.seeds)} x {protocol.student.arch}, "
+        f"{protocol.student.epochs} epochs",
+        "threat": f"{threat_text(protocol)}; attacks: {', '.join(a.name for a in protocol.attacks)}",
+        "device": device_name(run.device),
+        "precision": f"{run.precision} for distillation and training, fp32 for attacks",
+        "files": str(settings.output),
+    }
+    console.print("[bold]Plan[/bold]")
+    for name, text in lines.items():
+        console.print(f"  {name:<12} {escape(text)}", highlight=False, soft_wrap=True)
+    console.print("  stages", highlight=False)
+    for title, stages in _grouped(plan).items():
+        done = sum(stage.folder.finished() is not None for stage in stages)
+        mark = "done" if done == len(stages) else f"{done} of {len(stages)} done" if done else "to do"
+        many = f" x {len(stages)} seeds" if len(stages) > 1 else ""
+        console.print(
+            f"    {title:<12} {stages[0].steps + many:<28} {mark}", highlight=False, soft_wrap=True
+        )
+    time = "nothing is left to do" if not seconds else f"about {clock(seconds)}"
+    console.print(f"  {'expected':<12} {time}", highlight=False)
+    if seconds > 6 * 3600 and protocol.id == "imagenette" and run.device.type == "cpu":
+        console.print(
+            "  [yellow]hint[/yellow]         --protocol imagenette-64 is the same at 64 px, "
+            "for machines without a GPU",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _grouped(plan: Plan) -> dict[str, list[PlannedStage]]:
+    """Stages by name, the seeds of one kind together."""
+    groups: dict[str, list[PlannedStage]] = {}
+    for stage in plan.stages:
+        groups.setdefault(stage.folder.name.split(" ")[0], []).append(stage)
+    return groups

@@ -1,0 +1,4 @@
+"""Real images: what each dataset is, where it lies, and its decoded, memory-mapped pixels.
+
+Nothing is imported here, so that the catalogue can be read without waiting for torch.
+"""

@@ -1,0 +1,162 @@
+"""A decoded split of a real dataset at one resolution: memory-mapped, with batches as tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from guardbench.data.cache import cached, in_memory
+from guardbench.data.catalog import SPLITS, DatasetInfo, dataset_info
+from guardbench.data.download import download_dataset
+from guardbench.data.files import cache_root
+from guardbench.data.locate import Located, layout_of, locate
+from guardbench.data.source import Source, open_source
+from guardbench.errors import GuardbenchError
+from guardbench.progress import Progress
+
+_MAX_RESOLUTION = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class RealDataset:
+    """A decoded split.
+
+    Attributes:
+        name: the catalogue's name, such as `imagenette`.
+        split: `train` or `val`.
+        resolution: R, the side of every image in pixels.
+        images: uint8 [N, C, R, R], read-only, memory-mapped where it comes from the cache.
+        labels: int64 [N].
+        ids: one stable name an image: its path below the split folder, or `<class>/<index>` for
+            files that hold many images.
+        classes: class keys (folder names, so WordNet IDs for the ImageNets) in label order.
+        digest: SHA-256 over decoded pixels, labels, ids, classes and the preprocessing's version.
+    """
+
+    name: str
+    split: str
+    resolution: int
+    images: npt.NDArray[np.uint8]
+    labels: Tensor
+    ids: tuple[str, ...]
+    classes: tuple[str, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_classes(self) -> int:
+        """K: labels are 0 to K - 1."""
+        return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        """C: 1 (grey) or 3 (RGB)."""
+        return int(self.images.shape[1])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names for people in label order; the keys where the catalogue has no others."""
+        return dataset_info(self.name).names or self.classes
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has as many images as the official split."""
+        info = dataset_info(self.name)
+        return len(self) == info.count("train" if self.split == "train" else "val")
+
+    def batch(self, indices: Tensor | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Images as float32 [n, C, R, R] in [0, 1] on `device`, in the order of `indices`.
+
+        Raises:
+            IndexError: an index is outside -N to N - 1.
+        """
+        wanted = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
+        # Indexing by an array copies out of the map; bytes travel, and become floats there.
+        pixels = torch.from_numpy(np.asarray(self.images[wanted])).to(device)
+        return pixels.to(torch.float32).div_(255)
+
+
+def load_split(
+    name: str,
+    split: str,
+    *,
+    resolution: int,
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    progress: Progress,
+    per_class: int | None = None,
+) -> RealDataset:
+    """Finds, downloads if need be, decodes once and maps the `split` of dataset `name`.
+
+    Args:
+        name: a name of the catalogue.
+        split: `train` or `val` (of CIFAR, val is the official test set).
+        resolution: side R of the images in pixels, 1 to 1024.
+        data_dir: see `locate.locate`.
+        cache_dir: see `files.cache_root`.
+        progress: where downloading and decoding are shown.
+        per_class: the number of images that every class must at least have; all are loaded.
+
+    Raises:
+        GuardbenchError: anything about the data, the network or the disk that the user can mend;
+            one line that names the file or folder.
+    """
+    info = dataset_info(name)
+    known = next((entry for entry in SPLITS if entry == split), None)
+    if known is None:
+        raise GuardbenchError(f"Unknown split {split!r} of {name}: choose train or val.")
+    if not 1 <= resolution <= _MAX_RESOLUTION:
+        raise GuardbenchError(
+            f"A resolution of {resolution} px is not possible: choose 1 to {_MAX_RESOLUTION}."
+        )
+    root = cache_root(cache_dir)
+    located = _on_disk(info, locate(name, data_dir, cache_dir=cache_dir), root, progress)
+    source = open_source(info, located, known)
+    if located.layout == "folders":
+        # Known before the first image is decoded, so told before.
+        _require_per_class(info, source, source.open().labels, per_class)
+    if info.embedded:
+        entry = in_memory(source, resolution, progress, f"{name}-{split} at {resolution} px")
+    else:
+        entry = cached(source, resolution, root, f"{name}-{split}", progress)
+    _require_per_class(info, source, entry.labels, per_class)
+    return RealDataset(
+        name=name,
+        split=split,
+        resolution=resolution,
+        images=entry.images,
+        labels=torch.tensor(entry.labels, dtype=torch.int64),
+        ids=entry.ids,
+        classes=entry.classes,
+        digest=entry.digest,
+    )
+
+
+def _on_disk(info: DatasetInfo, located: Located, root: Path, progress: Progress) -> Located:
+    if located.kind != "download":
+        return located
+    folder = download_dataset(info, located, root, progress)
+    return replace(located, kind="folder", path=folder, layout=layout_of(info, folder))
+
+
+def _require_per_class(
+    info: DatasetInfo, source: Source, labels: Sequence[int], per_class: int | None
+) -> None:
+    if per_class is None:
+        return
+    counts = Counter(labels)
+    for label, key in enumerate(source.classes):
+        if counts[label] < per_class:
+            raise GuardbenchError(
+                f"{source.where}: class {info.describe(key)} has {counts[label]} of the "
+                f"{per_class} images needed; add images or choose a smaller IPC."
+            )

@@ -1,0 +1,35 @@
+"""What can be known of a dataset before any image is decoded: for plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from guardbench.data.cache import find, in_memory
+from guardbench.data.catalog import DatasetInfo, Split
+from guardbench.data.files import cache_root
+from guardbench.data.locate import Located
+from guardbench.data.source import open_source
+from guardbench.progress import Progress
+
+
+def cached_digest(
+    info: DatasetInfo, located: Located, split: Split, *, resolution: int, cache_dir: Path | None
+) -> str | None:
+    """Digest of the decoded `split`, as `RealDataset.digest`; None while it is not in the cache."""
+    if located.kind == "download":
+        return None
+    source = open_source(info, located, split)
+    what = f"{info.name}-{split}"
+    if info.embedded:
+        return in_memory(source, resolution, Progress(), what).digest
+    entry = find(source, resolution, cache_root(cache_dir), what)
+    return None if entry is None else entry.digest
+
+
+def class_order(info: DatasetInfo, located: Located) -> tuple[str, ...]:
+    """The classes in label order, read from the folders where only they name them."""
+    if info.classes:
+        return info.classes
+    if located.kind == "download":
+        return tuple(f"class {k}" for k in range(info.num_classes))
+    return open_source(info, located, "train").classes

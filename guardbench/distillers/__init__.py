@@ -1,0 +1,1 @@
+"""Distillers: one module a family."""

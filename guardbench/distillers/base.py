@@ -1,0 +1,77 @@
+"""What a distiller gets and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from guardbench.methods import MethodFile, Recipe
+from guardbench.runtime import Run, StageFolder
+
+if TYPE_CHECKING:
+    from guardbench.data.dataset import RealDataset
+    from guardbench.distilled import DistilledDataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be distilled, known before any image is decoded.
+
+    Attributes:
+        run: device, workspace, seed, progress.
+        method, recipe: the method and its hyperparameters for this dataset.
+        dataset, resolution, channels, classes: of the training images; `classes` in label order.
+        train_images: how many there are.
+        train_digest: of the decoded training images; None while they have not been decoded.
+        ipc: images per class.
+    """
+
+    run: Run
+    method: MethodFile
+    recipe: Recipe
+    dataset: str
+    resolution: int
+    channels: int
+    classes: tuple[str, ...]
+    train_images: int
+    train_digest: str | None
+    ipc: int
+
+    def words(self) -> dict[str, Any]:
+        """What shapes every stage of this task: data, seed and effective precision."""
+        return {
+            "dataset": self.dataset,
+            "resolution": self.resolution,
+            "train": self.train_digest,
+            "seed": self.run.seed,
+            "precision": self.run.precision,
+        }
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a plan.
+
+    Attributes:
+        folder: its folder, by which it is known whether it is done.
+        steps: what the plan says of its length, such as `8 epochs`.
+        passes: forward+backward passes of one image that it costs, for the expected time.
+        official: whether it must run in float32.
+    """
+
+    folder: StageFolder
+    steps: str
+    passes: float
+    fp32: bool = False
+
+
+class Distiller(Protocol):
+    """Turns real training images into a distilled dataset."""
+
+    def plan(self, task: Task) -> list[PlannedStage]:
+        """The stages in order; checks the recipe, and needs no images."""
+        ...
+
+    def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
+        """Runs the stages that are not finished; raises GuardbenchError when the input is at fault."""
+        ...

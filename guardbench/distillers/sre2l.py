@@ -1,0 +1,434 @@
+"""SRe2L (Yin et al., NeurIPS 2023) and, with the curvature regulariser in its squeeze, GUARD.
+
+Squeeze: a teacher is trained on the real images. Recover: noise is optimised until the teacher sees
+the wanted class in it and its BN layers see the statistics of real data. Relabel belongs to the
+training of students (`guardbench.training`), since the views that are labelled are the student's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from guardbench.curvature import build_regulariser
+from guardbench.data.augment import apply_crops, draw_crops, draw_flips
+from guardbench.data.dataset import RealDataset
+from guardbench.distilled import MANIFEST, DistilledDataset, load_distilled, save_distilled
+from guardbench.distillers.base import PlannedStage, Task
+from guardbench.errors import GuardbenchError
+from guardbench.models import Classifier, batch_norms, build_model, load_weights, save_weights
+from guardbench.protocol import Name, Strict, first_problem
+from guardbench.runtime import StageFolder, check_finite
+
+TEACHER = "teacher.safetensors"
+CLASSES_A_GROUP = 100  # of the original's recover batches
+
+
+class Squeeze(Strict):
+    """The `squeeze` table: how the teacher is trained. SGD with momentum 0.9, cosine to 0."""
+
+    arch: Name
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    warmup_epochs: float = Field(default=0, ge=0)
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+
+
+class Recover(Strict):
+    """The `recover` table (SRe2L, equations 5 to 8).
+
+    Attributes:
+        iterations: steps of Adam (betas 0.5 and 0.9), cosine to 0.
+        lr: Adam's, in normalised pixels.
+        r_bn: weight of the BN term.
+        first_bn: extra weight of the first BN layer.
+        jitter: largest random roll in pixels.
+        crop_scale, flip: of the random view that the teacher sees at each step.
+        group: which images share batch statistics in the BN term: `classes`, one image of every
+            class (at most 100 classes), as in the original; or `all`, every image at once.
+        images_a_batch: groups are optimised together up to so many images; changes speed alone.
+    """
+
+    iterations: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    r_bn: float = Field(ge=0)
+    first_bn: float = Field(default=10.0, ge=0)
+    jitter: int = Field(ge=0)
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+    group: Literal["classes", "all"] = "classes"
+    images_a_batch: int = Field(default=100, gt=0)
+
+
+class Params(Strict):
+    """A recipe's `params` for this family."""
+
+    squeeze: Squeeze
+    recover: Recover
+
+
+class SRe2L:
+    """The distiller; see the module."""
+
+    def plan(self, task: Task) -> list[PlannedStage]:
+        """See `Distiller.plan`."""
+        params = _params(task)
+        squeeze, recover = params.squeeze, params.recover
+        steps = _steps_per_epoch(task.train_images, squeeze.batch_size)
+        cost = {"none": 1.0, "curvature": 2.0}.get(str(task.recipe.regulariser["kind"]), 4.0)
+        images = task.ipc * len(task.classes)
+        return [
+            PlannedStage(
+                _squeeze_folder(task),
+                f"{squeeze.epochs} epochs",
+                squeeze.epochs * steps * squeeze.batch_size * cost,
+            ),
+            PlannedStage(
+                _recover_folder(task),
+                f"{recover.iterations} steps x {images} images",
+                recover.iterations * images,
+            ),
+        ]
+
+    def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
+        """See `Distiller.distill`."""
+        teacher = squeeze(task, train)
+        return recover(task, teacher)
+
+
+def squeeze(task: Task, train: RealDataset) -> Classifier:
+    """Trains the teacher, or loads it when an earlier run has.
+
+    Returns:
+        The teacher in eval mode, without gradients for its weights.
+    """
+    params, run = _params(task).squeeze, task.run
+    folder = _squeeze_folder(task)
+    model = build_model(
+        params.arch,
+        channels=task.channels,
+        classes=len(task.classes),
+        resolution=task.resolution,
+        seed=run.generator("squeeze", "init").initial_seed(),
+    )
+    if not batch_norms(model):
+        raise GuardbenchError(
+            f"method {task.method.name}: recover reads BN statistics and {params.arch} has none; "
+            "set squeeze.arch to one that has, such as resnet18 or convnet-d3-bn."
+        )
+    if folder.finished() is None:
+        _train_teacher(task, train, model.to(run.device), params, folder)
+        save_weights(model, folder.path / TEACHER)
+        folder.finish(run.device, (TEACHER,))
+    load_weights(model, folder.path / TEACHER)
+    return model.to(run.device).eval().requires_grad_(False)
+
+
+def _train_teacher(
+    task: Task, train: RealDataset, model: Classifier, params: Squeeze, folder: StageFolder
+) -> None:
+    run = task.run
+    regulariser = build_regulariser(task.recipe.regulariser)
+    optimizer = torch.optim.SGD(
+        model.parameters(), params.lr, momentum=0.9, weight_decay=params.weight_decay
+    )
+    steps = _steps_per_epoch(len(train), params.batch_size)
+    state = folder.begin(run.device)
+    first = 0
+    if state is not None:
+        first = int(state["epoch"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    total = params.epochs * steps
+    with run.progress.stage("squeeze", total, "steps", first * steps) as bar:
+        for epoch in range(first, params.epochs):
+            generator = run.generator("squeeze", "epoch", epoch)
+            order = torch.randperm(len(train), generator=generator)
+            model.train()
+            for step in range(steps):
+                _set_lr(optimizer, params, (epoch * steps + step) / steps)
+                picked = order[step * params.batch_size : (step + 1) * params.batch_size]
+                boxes = draw_crops(len(picked), task.resolution, params.crop_scale, generator)
+                flips = draw_flips(len(picked), generator) & params.flip
+                images = apply_crops(
+                    train.batch(picked, run.device), boxes, flips, task.resolution
+                )
+                labels = train.labels[picked].to(run.device)
+
+                def loss_at(x: Tensor, y: Tensor = labels) -> Tensor:
+                    with run.accelerator.autocast():
+                        loss = F.cross_entropy(model(x).float(), y)
+                    return loss
+
+                optimizer.zero_grad(set_to_none=True)
+                loss, penalty = regulariser.backward(model, loss_at, images)
+                value = check_finite(
+                    loss + penalty,
+                    f"squeeze, epoch {epoch + 1}, step {step + 1}",
+                    "lower squeeze.lr or the regulariser's weight in the method's recipe",
+                )
+                optimizer.step()
+                bar.advance(
+                    1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"
+                )
+            if folder.due() and epoch + 1 < params.epochs:
+                folder.checkpoint(
+                    {
+                        "epoch": epoch + 1,
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                    }
+                )
+
+
+def recover(task: Task, teacher: Classifier) -> DistilledDataset:
+    """Optimises noise into the distilled images, or loads them when an earlier run has made them.
+
+    Args:
+        teacher: in eval mode.
+    """
+    params, run = _params(task).recover, task.run
+    folder = _recover_folder(task)
+    artifact = folder.path / "distilled"
+    if folder.finished() is not None:
+        return load_distilled(artifact)
+    groups = _groups(len(task.classes), task.ipc, params)
+    chunks = _chunks(groups, params.images_a_batch)
+    done: list[Tensor] = []
+    state = folder.begin(run.device)
+    if state is not None:
+        done = list(state["done"])
+    total = params.iterations * len(chunks)
+    started = len(done) * params.iterations + (int(state["step"]) if state else 0)
+    with run.progress.stage("recover", total, "steps", started) as bar:
+        for number, chunk in enumerate(chunks[len(done) :], start=len(done)):
+            images = _Recovery(task, teacher, params, chunk, number).optimise(
+                folder, bar.advance, done, state
+            )
+            done, state = [*done, images], None
+    images = torch.cat(done)
+    labels = torch.tensor([label for group in groups for label in group.labels])
+    order = torch.argsort(labels, stable=True)  # class after class, as people look for them
+    distilled = save_distilled(
+        artifact,
+        images=images[order],
+        hard=labels[order],
+        teacher=teacher,
+        teacher_arch=_params(task).squeeze.arch,
+        dataset=task.dataset,
+        ipc=task.ipc,
+        method=task.method.name,
+        classes=task.classes,
+        provenance={"stage": folder.key, "seed": run.seed, "precision": run.precision},
+    )
+    folder.finish(run.device, (f"distilled/{MANIFEST}",))
+    return distilled
+
+
+class _Group:
+    """Images that share batch statistics: their labels, and the number that names their randomness."""
+
+    def __init__(self, number: int, labels: list[int]) -> None:
+        self.number, self.labels = number, labels
+
+
+def _groups(classes: int, ipc: int, params: Recover) -> list[_Group]:
+    everything = [list(range(s, min(s + CLASSES_A_GROUP, classes)))
+                  for s in range(0, classes, CLASSES_A_GROUP)] * ipc  # fmt: skip
+    if params.group == "all":
+        return [_Group(0, [label for labels in everything for label in labels])]
+    return [_Group(number, labels) for number, labels in enumerate(everything)]
+
+
+def _chunks(groups: list[_Group], most: int) -> list[list[_Group]]:
+    """Groups of equal size, as many together as `most` images allow."""
+    chunks: list[list[_Group]] = []
+    for group in groups:
+        size = len(group.labels)
+        last = chunks[-1] if chunks else []
+        if last and len(last[0].labels) == size and size * (len(last) + 1) <= most:
+            last.append(group)
+        else:
+            chunks.append([group])
+    return chunks
+
+
+class _Recovery:
+    """One chunk: equal-sized groups, optimised at once, each with its own views and BN term."""
+
+    def __init__(
+        self, task: Task, teacher: Classifier, params: Recover, chunk: list[_Group], number: int
+    ) -> None:
+        self.task, self.teacher, self.params, self.chunk = task, teacher, params, chunk
+        self.number = number
+        self.size = len(chunk[0].labels)
+        device = task.run.device
+        self.labels = torch.tensor([k for g in chunk for k in g.labels], device=device)
+        shape = (self.size, task.channels, task.resolution, task.resolution)
+        noise = [
+            torch.randn(shape, generator=task.run.generator("recover", "noise", g.number))
+            for g in chunk
+        ]
+        self.low = (0 - teacher.mean) / teacher.std
+        self.high = (1 - teacher.mean) / teacher.std
+        self.images = torch.cat(noise).to(device).requires_grad_()
+        self.optimizer = torch.optim.Adam([self.images], params.lr, betas=(0.5, 0.9))
+
+    def optimise(
+        self, folder: StageFolder, advance: Callable[[int, str], None], done: list[Tensor], state: dict[str, Any] | None
+    ) -> Tensor:
+        """Runs the steps that are left; returns images [n, C, H, W] in [0, 1] on the CPU."""
+        first = 0
+        if state is not None and "images" in state:
+            first = int(state["step"])
+            self.images.data.copy_(state["images"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        for step in range(first, self.params.iterations):
+            share = 0.5 * (1 + math.cos(math.pi * step / self.params.iterations))
+            self.optimizer.param_groups[0]["lr"] = self.params.lr * share
+            loss = self._step(step)
+            advance(1, f"loss {loss:.3f}")
+            if folder.due() and step + 1 < self.params.iterations:
+                folder.checkpoint(
+                    {
+                        "done": done,
+                        "step": step + 1,
+                        "images": self.images.detach(),
+                        "optimizer": self.optimizer.state_dict(),
+                    }
+                )
+        with torch.no_grad():
+            pixels = self.images * self.teacher.std + self.teacher.mean
+        return pixels.clamp(0, 1).cpu()
+
+    def _step(self, step: int) -> float:
+        run, params = self.task.run, self.params
+        boxes, flips, rolls = [], [], []
+        for group in self.chunk:  # one view a group, as in the original's batches
+            generator = run.generator("recover", "view", group.number, step)
+            side = self.task.resolution
+            boxes.append(draw_crops(1, side, params.crop_scale, generator))
+            flips.append(draw_flips(1, generator) & params.flip)
+            span = (-params.jitter, params.jitter + 1)
+            rolls.append(torch.randint(*span, (2,), generator=generator).tolist())
+        views = apply_crops(
+            self.images,
+            torch.cat(boxes).repeat_interleave(self.size, 0),
+            torch.cat(flips).repeat_interleave(self.size, 0),
+            self.task.resolution,
+        )
+        views = torch.cat(
+            [
+                torch.roll(part, (down, right), (2, 3))
+                for part, (down, right) in zip(views.split(self.size), rolls, strict=True)
+            ]
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        groups = len(self.chunk)
+        with bn_discrepancy(self.teacher, groups, params.first_bn) as terms:
+            with run.accelerator.autocast():
+                logits = self.teacher.backbone(
+                    views.contiguous(memory_format=torch.channels_last)
+                )
+            # A sum over groups of what the original minimises for each, so groups stay independent.
+            loss = F.cross_entropy(logits.float(), self.labels) * groups
+            loss = loss + params.r_bn * torch.stack(terms).sum()
+        (self.images.grad,) = torch.autograd.grad(loss, self.images)
+        value = check_finite(
+            loss / groups,
+            f"recover, batch {self.number + 1}, step {step + 1}",
+            "lower recover.lr or recover.r_bn in the method's recipe",
+        )
+        self.optimizer.step()
+        with torch.no_grad():
+            self.images.copy_(torch.maximum(torch.minimum(self.images, self.high), self.low))
+        return value
+
+
+@contextmanager
+def bn_discrepancy(model: nn.Module, groups: int, first: float) -> Iterator[list[Tensor]]:
+    """Inside, a forward fills the list with one BN term a layer (SRe2L, equation 8).
+
+    The term of a layer is the sum over groups of
+    `|| mean_g - running_mean ||_2 + || var_g - running_var ||_2`, with the (biased) statistics of a
+    group's inputs to that layer; the first layer counts `first` times.
+
+    Args:
+        groups: the batch is that many consecutive groups of equal size.
+    """
+    terms: list[Tensor] = []
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.BatchNorm2d)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        x = inputs[0].float()
+        # [groups, size, C, H * W]: moments over size, H and W.
+        x = x.reshape(groups, -1, x.shape[1], x.shape[2] * x.shape[3])
+        var, mean = torch.var_mean(x, dim=(1, 3), unbiased=False)
+        term = (mean - layer.running_mean).norm(dim=1) + (var - layer.running_var).norm(dim=1)
+        terms.append(term.sum() * (first if not terms else 1.0))
+
+    handles = [layer.register_forward_pre_hook(hook) for layer in batch_norms(model)]
+    try:
+        yield terms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, params: Squeeze, epoch: float) -> None:
+    """Linear warm-up, then a cosine to 0; `epoch` is fractional."""
+    if epoch < params.warmup_epochs:
+        share = (epoch + 0.01) / params.warmup_epochs
+    else:
+        left = params.epochs - params.warmup_epochs
+        share = 0.5 * (1 + math.cos(math.pi * (epoch - params.warmup_epochs) / left))
+    for group in optimizer.param_groups:
+        group["lr"] = params.lr * min(1.0, share)
+
+
+def _steps_per_epoch(images: int, batch_size: int) -> int:
+    return max(1, images // batch_size)
+
+
+def _params(task: Task) -> Params:
+    try:
+        return Params.model_validate(task.recipe.params)
+    except ValidationError as error:
+        raise GuardbenchError(
+            f"baselines/{task.method.name}/method.toml: recipe "
+            f"{task.dataset}@{task.resolution}: params.{first_problem(error)}."
+        ) from error
+
+
+def _squeeze_folder(task: Task) -> StageFolder:
+    words = {
+        "stage": "squeeze",
+        **task.words(),
+        "regulariser": task.recipe.regulariser,
+        "squeeze": _params(task).squeeze.model_dump(mode="json"),
+    }
+    return task.run.stage("squeeze", "teachers", words)
+
+
+def _recover_folder(task: Task) -> StageFolder:
+    recover = _params(task).recover.model_dump(mode="json", exclude={"images_a_batch"})
+    words = {
+        "stage": "recover",
+        "teacher": _squeeze_folder(task).key,
+        "ipc": task.ipc,
+        "method": task.method.name,
+        "recover": recover,
+    }
+    return task.run.stage("recover", "distilled", words)

@@ -1,0 +1,37 @@
+"""How records written by older versions of guardbench still load: one pure function a version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+
+# MIGRATIONS[k] turns the words of version k + 1 into those of version k + 2. A published entry
+# never changes; with each, tests/golden gains a file of the version that it leads to.
+MIGRATIONS: tuple[Migration, ...] = ()
+
+
+def migrate(words: dict[str, Any], migrations: Sequence[Migration] = MIGRATIONS) -> dict[str, Any]:
+    """Brings the words of a record file to the current schema version.
+
+    Args:
+        words: the parsed JSON object; it is not changed.
+        migrations: the steps, oldest first; the current version is one more than their number.
+
+    Raises:
+        ValueError: `schema_version` is missing, no positive integer, or newer than this guardbench.
+    """
+    current = len(migrations) + 1
+    version = words.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError("schema_version: must be an integer from 1 on")
+    if version > current:
+        raise ValueError(
+            "schema_version: made by a newer guardbench "
+            f"(version {str(version)[:20]}, this one reads up to {current}); upgrade guardbench"
+        )
+    for step in migrations[version - 1 :]:
+        version += 1
+        words = {**step(words), "schema_version": version}
+    return words

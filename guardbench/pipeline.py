@@ -1,0 +1,352 @@
+"""`guardbench run`: from real images to a record and a board, planned before anything is done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+
+import guardbench
+from guardbench import canonical
+from guardbench.data.catalog import dataset_info
+from guardbench.data.dataset import RealDataset, load_split
+from guardbench.data.locate import Located, locate
+from guardbench.data.peek import cached_digest, class_order
+from guardbench.distilled import MANIFEST, PREVIEW
+from guardbench.distillers.base import Distiller, PlannedStage, Task
+from guardbench.errors import GuardbenchError
+from guardbench.evaluation import (
+    EvaluationPlan,
+    evaluate,
+    measured_artifact,
+    measured_test,
+    plan_evaluation,
+)
+from guardbench.leaderboard import board_path, build_workspace_boards, rebuild, write
+from guardbench.methods import MethodFile, load_method
+from guardbench.models import build_model
+from guardbench.progress import Progress
+from guardbench.protocol import Protocol, load_protocol, protocol_ids, unknown
+from guardbench.records import Method, Provenance, ResultRecord, save_record
+from guardbench.registry import DISTILLERS, resolve
+from guardbench.runtime import Run, device_name, make_accelerator, stage_cost
+from guardbench.store import explained
+
+PACKAGES = ("torch", "torchvision", "accelerate", "pyautoattack", "numpy", "pillow", "scikit-learn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user asks for; the fields are the options of `guardbench run`."""
+
+    method: str
+    dataset: str | None
+    protocol: str | None
+    ipc: int
+    seed: int
+    device: str
+    precision: str
+    data_dir: Path | None
+    cache_dir: Path | None
+    output: Path
+    publish: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that a run will do, and what of it is done.
+
+    Attributes:
+        decoded: whether the images lie in the cache; if not, what is done is not known yet.
+        distilling, evaluating: the stages.
+        checkout: where `--publish` writes, None without it.
+    """
+
+    settings: Settings
+    protocol: Protocol
+    method: MethodFile
+    located: Located
+    decoded: bool
+    task: Task
+    distiller: Distiller
+    distilling: list[PlannedStage]
+    evaluating: EvaluationPlan
+    checkout: Path | None
+
+    @property
+    def stages(self) -> list[PlannedStage]:
+        """All stages in the order in which they run."""
+        return [*self.distilling, *self.evaluating.stages]
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record goes in the workspace."""
+        name = f"{self.method.name}-seed{self.settings.seed}.json"
+        return self._folder / self.protocol.id / f"ipc{self.settings.ipc}" / name
+
+    @property
+    def _folder(self) -> Path:
+        return self.settings.output / "records"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run leaves: the record, and the paths that it prints."""
+
+    record: ResultRecord
+    paths: dict[str, Path]
+
+
+def choose_protocol(dataset: str | None, protocol: str | None) -> Protocol:
+    """The protocol of that name, or the one called as the dataset.
+
+    Raises:
+        GuardbenchError: neither is given, they contradict, or there is none.
+    """
+    if protocol is None:
+        if dataset is None:
+            raise GuardbenchError("say what to run on: --dataset digits, or --protocol ID.")
+        info = dataset_info(dataset)
+        if info.name not in protocol_ids():
+            raise GuardbenchError(
+                f"no protocol measures {dataset} yet: known are {', '.join(protocol_ids())}; "
+                "write one (README, 'Add a protocol') and name it with --protocol FILE.toml."
+            )
+        return load_protocol(info.name)
+    chosen = load_protocol(protocol)
+    if dataset is not None and dataset_info(dataset).name != chosen.dataset:
+        raise GuardbenchError(
+            f"--dataset {dataset}: protocol {chosen.id} measures {chosen.dataset}; drop one of the two."
+        )
+    return chosen
+
+
+def make_plan(settings: Settings, progress: Progress) -> Plan:
+    """Checks everything that can be checked and plans the run; decodes nothing and writes nothing.
+
+    Raises:
+        GuardbenchError: unknown names, a device or precision that is not there, missing data, an
+            output folder that cannot be written.
+    """
+    protocol = choose_protocol(settings.dataset, settings.protocol)
+    protocol.check_ipc(settings.ipc)
+    method = load_method(settings.method)
+    recipe = method.recipe(protocol.dataset, protocol.resolution)
+    located = locate(protocol.dataset, settings.data_dir, cache_dir=settings.cache_dir)
+    accelerator = make_accelerator(settings.device, settings.precision, protocol.resolution)
+    checkout = _checkout() if settings.publish else None
+    _check_writable(settings.output)
+    info = dataset_info(protocol.dataset)
+    cached = partial(
+        cached_digest, info, located, resolution=protocol.resolution, cache_dir=settings.cache_dir
+    )
+    train_digest, test_digest = cached("train"), cached("val")
+    classes = class_order(info, located)
+    if info.train_count < settings.ipc * len(classes):
+        raise GuardbenchError(
+            f"--ipc {settings.ipc}: {info.name} has only {info.train_count} training images."
+        )
+    run = Run(
+        accelerator=accelerator, workspace=settings.output, seed=settings.seed, progress=progress
+    )
+    task = Task(
+        run=run,
+        method=method,
+        recipe=recipe,
+        dataset=protocol.dataset,
+        resolution=protocol.resolution,
+        channels=info.channels,
+        classes=classes,
+        train_images=info.train_count,
+        train_digest=train_digest,
+        ipc=settings.ipc,
+    )
+    if method.distiller not in DISTILLERS:
+        raise unknown("distiller", method.distiller, DISTILLERS)
+    distiller = cast(Distiller, resolve(DISTILLERS, "distiller", method.distiller)())
+    distilling = distiller.plan(task)
+    return Plan(
+        settings=settings,
+        protocol=protocol,
+        method=method,
+        located=located,
+        decoded=train_digest is not None and test_digest is not None,
+        task=task,
+        distiller=distiller,
+        distilling=distilling,
+        evaluating=plan_evaluation(
+            run,
+            protocol,
+            artifact=distilling[-1].folder.key,
+            images=settings.ipc * len(classes),
+            teacher=True,
+            test_digest=test_digest,
+        ),
+        checkout=checkout,
+    )
+
+
+def execute(plan: Plan) -> Finished:
+    """Runs what is not done yet, writes the record and rebuilds the boards."""
+    settings, protocol, run = plan.settings, plan.protocol, plan.task.run
+    with explained(settings.output):
+        train, test = (_load(plan, split) for split in ("train", "val"))
+        if not plan.decoded:  # the stages' keys hold the images' digests, known only now
+            plan = make_plan(settings, run.progress)
+        done = [stage.folder.finished() is not None for stage in plan.distilling]
+        distilled = plan.distiller.distill(plan.task, train)
+        costs = [
+            stage_cost(stage.folder.finished() or {}, shared=shared)
+            for stage, shared in zip(plan.distilling, done, strict=True)
+        ]
+        seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, test)
+        record = ResultRecord(
+            protocol=protocol.id,
+            protocol_sha256=protocol.digest,
+            dataset=protocol.dataset,
+            resolution=protocol.resolution,
+            ipc=settings.ipc,
+            method=_method(plan),
+            artifact=measured_artifact(distilled),
+            test=measured_test(protocol, test),
+            seeds=seeds,
+            cost=(*costs, *evaluating),
+            provenance=_provenance(run),
+        )
+        save_record(plan.record_path, record)
+        build_workspace_boards(settings.output)
+        board = settings.output / "leaderboards" / protocol.id / f"ipc{settings.ipc}.json"
+        folder = plan.distilling[-1].folder.path / "distilled"
+        paths = {
+            "artifact": folder / MANIFEST,
+            "record": plan.record_path,
+            "board": board,
+            "images": folder / PREVIEW,
+        }
+        if plan.checkout is not None:
+            paths |= _publish(plan, plan.checkout, record)
+    return Finished(record, paths)
+
+
+def expected_seconds(plan: Plan) -> float:
+    """A forecast of what is left, from a short probe of the student on this device."""
+    left = [stage for stage in plan.stages if stage.folder.finished() is None]
+    if not left:
+        return 0.0
+    fast = _images_per_second(plan, plan.task.run.precision)
+    exact = fast if plan.task.run.precision == "fp32" else _images_per_second(plan, "fp32")
+    return sum(stage.passes / (exact if stage.fp32 else fast) for stage in left)
+
+
+def _images_per_second(plan: Plan, precision: str) -> float:
+    """Forward+backward rate of the protocol's student at the protocol's resolution."""
+    protocol, device = plan.protocol, plan.task.run.device
+    model = build_model(
+        protocol.student.arch,
+        channels=plan.task.channels,
+        classes=len(plan.task.classes),
+        resolution=protocol.resolution,
+        seed=0,
+    ).to(device)
+    count = 64 if protocol.resolution <= 64 else 16
+    images = torch.rand(count, plan.task.channels, protocol.resolution, protocol.resolution)
+    images = images.to(device)
+    rate = 0.0
+    for _ in range(3):  # the first pass pays for initialisation
+        begun = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(images).float().logsumexp(1).mean()
+        loss.backward()
+        loss.item()
+        rate = max(rate, count / (time.perf_counter() - begun))
+    return rate
+
+
+def _load(plan: Plan, split: str) -> RealDataset:
+    settings = plan.settings
+    return load_split(
+        plan.protocol.dataset,
+        split,
+        resolution=plan.protocol.resolution,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        progress=plan.task.run.progress,
+        per_class=settings.ipc if split == "train" else 1,
+    )
+
+
+def _method(plan: Plan) -> Method:
+    recipe = plan.task.recipe
+    return Method(
+        name=plan.method.name,
+        title=plan.method.title,
+        distiller=plan.method.distiller,
+        regulariser=str(recipe.regulariser["kind"]),
+        recipe_sha256=canonical.digest(recipe.model_dump(mode="json", exclude={"source"})),
+        official=True,
+    )
+
+
+def _provenance(run: Run) -> Provenance:
+    return Provenance(
+        guardbench=guardbench.__version__,
+        commit=_commit(),
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        device=device_name(run.device),
+        precision={"distillation": run.precision, "students": run.precision, "attacks": "fp32"},
+        threads=torch.get_num_threads(),
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, marked when files differ from it."""
+    root = Path(guardbench.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _checkout() -> Path:
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "baselines").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    raise GuardbenchError("--publish: no checkout of guardbench here; run it inside one.")
+
+
+def _publish(plan: Plan, checkout: Path, record: ResultRecord) -> dict[str, Path]:
+    folder = checkout / "baselines" / plan.method.name / "results" / plan.protocol.id
+    path = folder / f"ipc{plan.settings.ipc}.json"
+    save_record(path, record)
+    write(checkout, rebuild(checkout))
+    return {
+        "published": path,
+        "public board": checkout / board_path(plan.protocol.id, plan.settings.ipc),
+    }
+
+
+def _check_writable(folder: Path) -> None:
+    """Asks the file system now, not after an hour of work; leaves nothing behind."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    probe = there / f".guardbench-{canonical.derive_seed(time.time_ns())}"
+    with explained(folder):
+        if not there.is_dir():
+            raise NotADirectoryError(20, "it is a file, not a folder")
+        probe.touch()
+        probe.unlink()

@@ -1,0 +1,258 @@
+"""What is measured: dataset, resolution, students, threat model, attacks, test images.
+
+Two numbers are comparable only when the digests of their protocols are the same. A protocol is one
+TOML file; a published one never changes, a new version supersedes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import sys
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from guardbench import canonical
+from guardbench.errors import GuardbenchError
+from guardbench.store import read_text
+from guardbench.threat import Norm, ThreatModel
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._+-]{0,63}$")]
+
+
+class Strict(BaseModel):
+    """Unknown fields are refused and nothing changes after it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Threat(Strict):
+    """The `[threat]` table: a norm and a radius in [0, 1] pixel units, as a fraction."""
+
+    norm: Norm
+    eps: str = Field(pattern=r"^\d+(\.\d+)?(/\d+)?$")
+
+    @property
+    def model(self) -> ThreatModel:
+        """The threat model with an exact radius."""
+        return ThreatModel(self.norm, parse_fraction(self.eps))
+
+
+class Student(Strict):
+    """The `[student]` table: who is trained on the distilled set, and how (SRe2L, section 3.3).
+
+    Attributes:
+        arch: name of an architecture of `guardbench.models`.
+        seeds: one student is trained and attacked for each.
+        epochs: passes over the distilled set, each with fresh views.
+        batch_size: images a step; the whole set when it is smaller.
+        lr, weight_decay: of AdamW, annealed to 0 on a cosine.
+        temperature: of the KL divergence to soft targets.
+        crop_scale: smallest and largest share of the area that a view keeps.
+        flip: views are mirrored with probability 1/2 (off where mirroring changes the class).
+        cutmix: alpha of CutMix's Beta distribution; 0 turns it off.
+    """
+
+    arch: Name
+    seeds: tuple[int, ...] = Field(min_length=1)
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    temperature: float = Field(gt=0)
+    crop_scale: tuple[float, float]
+    flip: bool
+    cutmix: float = Field(ge=0)
+
+
+class TestImages(Strict):
+    """The `[test]` table: which validation images are measured.
+
+    The list is ordered by SHA-256 of `<protocol id>/<image id>`, so every prefix is a fair sample
+    that no folder order can bend. `sha256` is the digest of the chosen ids in that order.
+    """
+
+    __test__ = False  # not a test class, whatever its name tells pytest
+
+    count: int = Field(gt=0)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+class AttackSpec(Strict):
+    """One `[[attacks]]` table: a column of the board.
+
+    Attributes:
+        name: the column.
+        kind: the attack's name in the registry.
+        images_per_seed: measure seed k on its own slice of this many images, disjoint between
+            seeds; all the protocol's images when absent.
+        params: the attack's hyperparameters.
+    """
+
+    name: Name
+    kind: Name
+    images_per_seed: int | None = Field(default=None, gt=0)
+    params: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+class Protocol(Strict):
+    """A protocol file."""
+
+    id: Name
+    title: str = Field(max_length=200)
+    source: str = Field(max_length=400)
+    superseded_by: Name | None = None
+    dataset: Name
+    resolution: int = Field(gt=0, le=1024)
+    ipc: tuple[int, ...] = Field(min_length=1)
+    rank_by: Name | Literal["worst_case"]
+    threat: Threat
+    student: Student
+    test: TestImages
+    attacks: tuple[AttackSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Protocol:
+        names = [attack.name for attack in self.attacks]
+        if len(set(names)) < len(names):
+            raise ValueError("attacks: two attacks have the same name")
+        if self.rank_by != "worst_case" and self.rank_by not in names:
+            raise ValueError(f"rank_by: no attack is called {self.rank_by!r}")
+        if len(set(self.student.seeds)) < len(self.student.seeds):
+            raise ValueError("student.seeds: a seed stands twice")
+        for attack in self.attacks:
+            needed = (attack.images_per_seed or 0) * len(self.student.seeds)
+            if needed > self.test.count:
+                raise ValueError(
+                    f"attacks.{attack.name}.images_per_seed: disjoint slices need {needed} test "
+                    f"images, test.count is {self.test.count}"
+                )
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is measured; the title and what supersedes it do not count."""
+        words = self.model_dump(mode="json", exclude={"title", "source", "superseded_by"})
+        return canonical.digest(words)
+
+    def check_ipc(self, ipc: int) -> None:
+        """Raises a GuardbenchError that lists the standard settings when `ipc` is not one."""
+        if ipc not in self.ipc:
+            raise GuardbenchError(
+                f"--ipc {ipc}: protocol {self.id} measures {_listed(self.ipc)} images per class."
+            )
+
+    def test_indices(self, ids: Sequence[str]) -> list[int]:
+        """Positions in `ids` of the test images, in the protocol's order.
+
+        Args:
+            ids: the ids of all validation images.
+
+        Raises:
+            GuardbenchError: there are too few, or their list is not the one that the protocol names.
+        """
+        count = self.test.count
+        if len(ids) < count:
+            raise GuardbenchError(
+                f"{self.dataset}: {len(ids)} validation images found, protocol {self.id} "
+                f"measures {count}; get the complete validation set."
+            )
+        order = sorted(
+            range(len(ids)),
+            key=lambda i: hashlib.sha256(f"{self.id}/{ids[i]}".encode()).digest(),
+        )[:count]
+        found = list_digest(ids[i] for i in order)
+        if self.test.sha256 is not None and found != self.test.sha256:
+            raise GuardbenchError(
+                f"{self.dataset}: the validation images are not those of protocol {self.id} "
+                f"(list digest {found[:12]}, expected {self.test.sha256[:12]}); "
+                "get the official split, with its file names."
+            )
+        return order
+
+    def slice_of(self, attack: AttackSpec, position: int) -> tuple[int, int]:
+        """First test image and number of images that `attack` measures for the seed at `position`."""
+        if attack.images_per_seed is None:
+            return 0, self.test.count
+        return position * attack.images_per_seed, attack.images_per_seed
+
+
+def list_digest(ids: Iterable[str]) -> str:
+    """SHA-256 of image ids, one a line."""
+    return hashlib.sha256("".join(f"{i}\n" for i in ids).encode()).hexdigest()
+
+
+def parse_fraction(text: str) -> Fraction:
+    """`1/255`, `0.25/255` or `0.3` as an exact fraction; ValueError when it is none."""
+    above, _, below = text.partition("/")
+    return Fraction(above) / Fraction(below or 1)
+
+
+def read_toml(path: Path, *, what: str) -> dict[str, Any]:
+    """Reads a TOML file of at most 1 MiB; the error names the file and the line."""
+    try:
+        return tomllib.loads(read_text(path, what=what, limit=1 << 20))
+    except tomllib.TOMLDecodeError as error:
+        raise GuardbenchError(f"{path}: {what} is not valid TOML: {error}.") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first complaint of pydantic as `field: message`."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> GuardbenchError:
+    """The error for a name that is not in a list, with the nearest one."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return GuardbenchError(f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("guardbench") / "protocols"))
+
+
+def protocol_ids() -> list[str]:
+    """The ids of the protocols that come with guardbench, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
+def load_protocol(name: str) -> Protocol:
+    """The protocol with that id, or the one in that `.toml` file.
+
+    Raises:
+        GuardbenchError: there is none (with the nearest id), or a field of the file is wrong.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+    elif name in protocol_ids():
+        path = _folder() / f"{name}.toml"
+    else:
+        raise unknown("protocol", name, protocol_ids())
+    words = read_toml(path, what="protocol")
+    try:
+        protocol = Protocol.model_validate(words)
+    except ValidationError as error:
+        raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
+    if path.stem != protocol.id:
+        raise GuardbenchError(f"{path}: id: {protocol.id!r} is not the file's name.")
+    return protocol
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(str(v) for v in values)

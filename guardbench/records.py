@@ -1,0 +1,406 @@
+"""Result records: what one method scored under one protocol, image by image, and what it cost.
+
+A record holds counts and one bit an image, never a rounded percentage, so that every number on a
+board can be derived again. It is checked on the way in and on the way out: a record that
+contradicts itself, or that is right under an attack where it is wrong without, does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from guardbench import canonical
+from guardbench.errors import GuardbenchError
+from guardbench.migrations import migrate
+from guardbench.store import read_text, write_text
+
+SCHEMA_VERSION: Literal[1] = 1
+FILE_LIMIT = 16 << 20
+RESERVED = ("clean", "worst_case")
+
+LabelKind = Literal["hard", "soft", "teacher"]
+
+# Control, bidirectional and zero-width characters would let a name rewrite a reader's terminal.
+_HIDDEN = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+_NAME = r"^[a-z0-9][a-z0-9._+-]{0,63}$"
+
+Name = Annotated[str, Field(pattern=_NAME)]
+Line = Annotated[str, Field(min_length=1, max_length=200, pattern=f"^[^{_HIDDEN}]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Bytes = Annotated[int, Field(ge=0, le=1 << 53)]
+
+
+def only_const(schema: dict[str, Any]) -> None:
+    """Drops from a JSON Schema what older pydantic repeats, so that all give the same bytes."""
+    schema.pop("enum", None)
+
+
+class Strict(BaseModel):
+    """Unknown fields, NaN and infinity are refused, and nothing changes once it is made."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_serialization_defaults_required=True,
+    )
+
+
+class Outcome(Strict):
+    """One seed, one measurement (clean or one attack), image by image.
+
+    Attributes:
+        first: offset of its images in the protocol's test list.
+        total: images measured, from 1 on; they are `first .. first + total - 1` of the list.
+        correct: how many are still classified rightly.
+        bits: hex, most significant bit first; bit i says that image `first + i` is still right;
+            padded with zeros to whole bytes.
+        bounded: the perturbation is held inside the protocol's threat model (CW in l2 is not).
+        max_distance: the largest perturbation used, in the threat's norm (l2 when not bounded),
+            in [0, 1] pixel units; 0.0 for clean.
+    """
+
+    first: int = Field(ge=0, le=10_000_000)
+    total: int = Field(ge=1, le=10_000_000)
+    correct: int = Field(ge=0)
+    bits: str = Field(pattern=r"^[0-9a-f]+$")
+    bounded: bool = True
+    max_distance: float = Field(default=0.0, ge=0.0)
+
+    @classmethod
+    def from_flags(
+        cls,
+        flags: Sequence[bool],
+        *,
+        first: int = 0,
+        bounded: bool = True,
+        max_distance: float = 0.0,
+    ) -> Outcome:
+        """The outcome in which image `first + i` is right when `flags[i]` is true."""
+        text = "".join("1" if flag else "0" for flag in flags)
+        padded = text + "0" * (-len(text) % 8)
+        return cls(
+            first=first,
+            total=len(text),
+            correct=text.count("1"),
+            bits=f"{int(padded or '0', 2):0{len(padded) // 4}x}",
+            bounded=bounded,
+            max_distance=max_distance,
+        )
+
+    def flags(self) -> list[bool]:
+        """Whether each of the `total` images is still right, in the order of the test list."""
+        text = f"{int(self.bits, 16):0{4 * len(self.bits)}b}"
+        return [bit == "1" for bit in text[: self.total]]
+
+    @property
+    def end(self) -> int:
+        """The offset behind the last image."""
+        return self.first + self.total
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Outcome:
+        if self.correct > self.total:
+            raise ValueError(f"correct: {self.correct} of only {self.total} images")
+        digits = 2 * ((self.total + 7) // 8)
+        if len(self.bits) != digits:
+            raise ValueError(
+                f"bits: {len(self.bits)} hex digits, {self.total} images need {digits}"
+            )
+        value = int(self.bits, 16)
+        if value & ((1 << (4 * digits - self.total)) - 1):
+            raise ValueError("bits: the padding behind the last image is not zero")
+        if value.bit_count() != self.correct:
+            raise ValueError(f"correct: {self.correct}, but {value.bit_count()} bits are set")
+        return self
+
+
+class SeedRun(Strict):
+    """One student: its seed, and what it got right, clean and under each attack.
+
+    Attributes:
+        seed: of the student's training and of the attacks on it.
+        clean: without an attack.
+        attacks: the attack's name in the protocol -> outcome, on images that `clean` covers.
+    """
+
+    seed: int = Field(ge=0, lt=1 << 63)
+    clean: Outcome
+    attacks: dict[str, Outcome] = Field(min_length=1, max_length=64)
+
+    @field_validator("attacks")
+    @classmethod
+    def _names(cls, attacks: dict[str, Outcome]) -> dict[str, Outcome]:
+        for name in attacks:
+            _check_name(name, r"[a-z0-9][a-z0-9._+-]{0,63}", "lower-case letters, digits")
+            if name in RESERVED:
+                raise ValueError(f"{name}: this name is reserved")
+        return attacks
+
+    @model_validator(mode="after")
+    def _attacks_within_clean(self) -> SeedRun:
+        clean = self.clean
+        if clean.max_distance != 0:
+            raise ValueError("clean.max_distance: must be 0, nothing was perturbed")
+        right = clean.flags()
+        for name, outcome in self.attacks.items():
+            if outcome.first < clean.first or outcome.end > clean.end:
+                raise ValueError(
+                    f"attacks.{name}: images {outcome.first} to {outcome.end - 1} are not all "
+                    f"among the clean ones, {clean.first} to {clean.end - 1}"
+                )
+            under = right[outcome.first - clean.first : outcome.end - clean.first]
+            for i, (robust, plain) in enumerate(zip(outcome.flags(), under, strict=True)):
+                if robust and not plain:
+                    raise ValueError(
+                        f"attacks.{name}: robust exceeds clean: image {outcome.first + i} is right "
+                        "under the attack and wrong without it; an attack keeps the clean image "
+                        "when that is wrong already"
+                    )
+        return self
+
+
+class StageCost(Strict):
+    """What one stage took.
+
+    Attributes:
+        stage: `squeeze`, `recover`, `relabel`, `student 1`, `pgd-100 1`, ...
+        seconds: wall-clock time.
+        peak_memory_bytes: the largest memory in use on `device` during the stage.
+        device: such as `cpu (2 threads)` or `NVIDIA H100`.
+        shared: the artifact was made by an earlier run, whose seconds these are.
+    """
+
+    stage: Line
+    seconds: float = Field(ge=0.0)
+    peak_memory_bytes: Bytes
+    device: Line
+    shared: bool = False
+
+
+class Artifact(Strict):
+    """The distilled dataset that was measured.
+
+    Attributes:
+        sha256: digest of the artifact.
+        label_kind: the track: `hard`, `soft`, or `teacher` (labels made on the fly by a network).
+        image_bytes: size of the images.
+        label_bytes: size of everything else the student is given: labels, soft labels, teacher.
+        images: how many, over all classes.
+    """
+
+    sha256: Sha256
+    label_kind: LabelKind
+    image_bytes: Bytes
+    label_bytes: Bytes
+    images: int = Field(ge=1)
+
+
+class Method(Strict):
+    """Who made the artifact.
+
+    Attributes:
+        name: the folder under `baselines/` or `submissions/`.
+        title: as people write it.
+        distiller: name in the registry of distillers.
+        regulariser: name of the regulariser, `none` without one.
+        recipe_sha256: digest of the settings in force.
+        official: the settings are the committed recipe's, none overridden.
+    """
+
+    name: Name
+    title: Line
+    distiller: Name
+    regulariser: Name
+    recipe_sha256: Sha256
+    official: bool
+
+
+class TestSet(Strict):
+    """The images measured.
+
+    Attributes:
+        data_sha256: digest of the decoded images.
+        list_sha256: digest of the protocol's list of image ids.
+        total: length of that list.
+    """
+
+    __test__ = False  # not a test class, whatever its name tells pytest
+
+    data_sha256: Sha256
+    list_sha256: Sha256
+    total: int = Field(ge=1, le=10_000_000)
+
+
+class Provenance(Strict):
+    """Where the numbers come from.
+
+    Attributes:
+        guardbench: its version.
+        commit: of the checkout, None outside one.
+        versions: package -> version.
+        python: its version.
+        platform: operating system and processor.
+        device: where it ran.
+        precision: stage -> effective precision, such as `{"squeeze": "bf16", "attacks": "fp32"}`.
+        threads: CPU threads used.
+    """
+
+    guardbench: Line
+    commit: Line | None
+    versions: dict[str, Line] = Field(max_length=256)
+    python: Line
+    platform: Line
+    device: Line
+    precision: dict[str, Line] = Field(max_length=256)
+    threads: int = Field(ge=1)
+
+    @field_validator("versions", "precision")
+    @classmethod
+    def _names(cls, words: dict[str, str]) -> dict[str, str]:
+        for name in words:
+            _check_name(name, r"[A-Za-z0-9][A-Za-z0-9._+ -]{0,63}", "letters, digits, spaces")
+        return words
+
+
+class ResultRecord(Strict):
+    """One method under one protocol at one number of images per class: all that a board row needs.
+
+    Attributes:
+        schema_version: of this file format.
+        protocol: id of the protocol; `protocol_sha256` says which content of it.
+        dataset, resolution, ipc: what was distilled, in pixels a side and images per class.
+        method, artifact, test: who, what, and on which images.
+        seeds: one student each, at least one, in the protocol's order.
+        cost: one entry a stage, in the order they ran.
+        provenance: versions and hardware.
+        flags: warnings that stand beside the row, such as signs of gradient masking.
+    """
+
+    schema_version: Literal[1] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
+    protocol: Name
+    protocol_sha256: Sha256
+    dataset: Name
+    resolution: int = Field(ge=1, le=1024)
+    ipc: int = Field(ge=1, le=1_000_000)
+    method: Method
+    artifact: Artifact
+    test: TestSet
+    seeds: tuple[SeedRun, ...] = Field(min_length=1, max_length=1024)
+    cost: tuple[StageCost, ...] = Field(max_length=65536)
+    provenance: Provenance
+    flags: tuple[Line, ...] = Field(default=(), max_length=64)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ResultRecord:
+        numbers = [run.seed for run in self.seeds]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("seeds: a seed stands twice")
+        expected = {name: outcome.bounded for name, outcome in self.seeds[0].attacks.items()}
+        for run in self.seeds:
+            if run.attacks.keys() != expected.keys():
+                raise ValueError(
+                    f"seeds: seed {run.seed} and seed {numbers[0]} were not attacked by the same "
+                    f"attacks ({', '.join(sorted(run.attacks.keys() ^ expected.keys()))})"
+                )
+            if {name: outcome.bounded for name, outcome in run.attacks.items()} != expected:
+                raise ValueError("seeds: an attack is bounded for one seed and not for another")
+            if run.clean.end > self.test.total:
+                raise ValueError(
+                    f"seeds: seed {run.seed} measures image {run.clean.end - 1} of a list of "
+                    f"{self.test.total}"
+                )
+        if len(set(self.flags)) < len(self.flags):
+            raise ValueError("flags: a flag stands twice")
+        return self
+
+    @cached_property
+    def result_sha256(self) -> str:
+        """Digest of all but cost and provenance: a resumed run has that of an unbroken one."""
+        return canonical.digest(self.model_dump(mode="json", exclude={"cost", "provenance"}))
+
+    @property
+    def attack_names(self) -> tuple[str, ...]:
+        """The attacks measured, in alphabetical order."""
+        return tuple(sorted(self.seeds[0].attacks))
+
+
+def load_record(path: Path) -> ResultRecord:
+    """Reads and checks a record file, of any schema version there has been.
+
+    Raises:
+        GuardbenchError: it cannot be read, is over 16 MiB, is not JSON, is newer than this
+            guardbench, or a field is wrong: one line naming the file, the field and the way out.
+    """
+    text = read_text(path, what="record", limit=FILE_LIMIT)
+    try:
+        words = json.loads(text, object_pairs_hook=_unique)
+        if not isinstance(words, dict):
+            raise ValueError("must be a JSON object")
+        # Strict, and through JSON so that lists may stand for tuples: "5" or true is no count.
+        return ResultRecord.model_validate_json(json.dumps(migrate(words)), strict=True)
+    except ValidationError as error:
+        reason = _first_problem(error)
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg}, line {error.lineno})"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise GuardbenchError(
+        f"{printable(str(path))}: not a valid record: {reason}. Records are written by "
+        "`guardbench run`, not by hand; restore this one or run it again."
+    )
+
+
+def save_record(path: Path, record: ResultRecord) -> None:
+    """Checks `record` again and writes it as canonical JSON, whole or not at all.
+
+    Raises:
+        GuardbenchError: the file cannot be written.
+        pydantic.ValidationError: a copy or an update has made the record contradict itself.
+    """
+    checked = ResultRecord.model_validate(record.model_dump())
+    write_text(path, record_text(checked))
+
+
+def record_text(record: ResultRecord) -> str:
+    """The canonical JSON that `save_record` writes: equal records give equal bytes."""
+    return canonical.dumps(record.model_dump(mode="json"))
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """`text`, cut short, with what could move a terminal's cursor shown as an escape."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
+        for c in text[:limit]
+    )
+    return shown + ("..." if len(text) > limit else "")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    words = dict(pairs)
+    if len(words) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in words if keys.count(key) > 1)
+        raise ValueError(f"{printable(twice, 64)}: the key stands twice")
+    return words
+
+
+def _check_name(name: str, pattern: str, letters: str) -> None:
+    if not re.fullmatch(pattern, name):
+        raise ValueError(f"{printable(name, 64)}: a name is made of {letters} and `._+-`")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = printable(".".join(str(part) for part in problem["loc"]), 160)
+    message = printable(problem["msg"].removeprefix("Value error, "))
+    return f"{field}: {message}" if field else message

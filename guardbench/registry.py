@@ -1,0 +1,25 @@
+"""What can be named in a method or protocol file, and where it lives: literal and lazy."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from guardbench.protocol import unknown
+
+DISTILLERS = {
+    "sre2l": "guardbench.distillers.sre2l:SRe2L",
+}
+REGULARISERS = {
+    "none": "guardbench.curvature:Plain",
+    "curvature": "guardbench.curvature:FirstOrderCurvature",
+    "curvature-double": "guardbench.curvature:DoubleBackwardCurvature",
+}
+
+
+def resolve(table: dict[str, str], what: str, name: str) -> Any:
+    """Imports and returns what `table` holds under `name`; did-you-mean when it holds nothing."""
+    if name not in table:
+        raise unknown(what, name, table)
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)

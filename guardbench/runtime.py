@@ -1,0 +1,273 @@
+"""Where and how stages run: device, precision, memory, and folders that survive a kill.
+
+A stage is keyed by a digest of everything that shapes its result. Its folder holds checkpoints while
+it runs and a `stage.json` once it is finished; a finished stage is never run again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from guardbench import canonical
+from guardbench.errors import GuardbenchError
+from guardbench.progress import Progress
+from guardbench.records import StageCost
+from guardbench.store import atomic_path, write_text
+
+PRECISIONS = ("auto", "fp32", "bf16")
+CHECKPOINT_EVERY_S = 20.0
+# Below this resolution a convolution is too small for bf16 to gain on a CPU.
+BF16_CPU_RESOLUTION = 32
+
+
+def make_accelerator(device: str, precision: str, resolution: int) -> Accelerator:
+    """The Accelerator of a run.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: of training and distillation (official attacks are float32 whatever it is).
+            `auto` is bf16 where the device gains by it, float32 elsewhere.
+        resolution: side of the images in pixels.
+
+    Raises:
+        GuardbenchError: the device is not there, or cannot do the precision.
+    """
+    if precision not in PRECISIONS:
+        raise GuardbenchError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}.")
+    kind = _check_device(device)
+    if kind == "cuda" and ":" in device:
+        torch.cuda.set_device(torch.device(device))
+    if precision == "auto":
+        precision = "bf16" if _bf16_gains(kind, resolution) else "fp32"
+    mixed = "no" if precision == "fp32" else precision
+    return Accelerator(cpu=kind == "cpu", mixed_precision=mixed)
+
+
+def _check_device(device: str) -> str:
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device == "auto":
+        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    kind, _, number = device.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there.get(kind) or (number and not (number.isdigit() and int(number) < count)):
+        found = ", ".join(name for name, ok in there.items() if ok)
+        raise GuardbenchError(f"--device {device}: not on this machine, which has {found}.")
+    return kind
+
+
+def _bf16_gains(kind: str, resolution: int) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if kind != "cpu" or resolution < BF16_CPU_RESOLUTION:
+        return False
+    # Emulated bf16 is slower than float32, so ask whether the processor has the instructions.
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.is_file() else ""
+    return "avx512_bf16" in text or "amx_bf16" in text
+
+
+def effective_precision(accelerator: Accelerator) -> str:
+    """`fp32` or `bf16`: what autocast really does on this accelerator."""
+    mixed = str(accelerator.mixed_precision)
+    return "fp32" if mixed == "no" else mixed
+
+
+class MemoryMeter:
+    """Peak memory since it was made: of the device's allocator on CUDA, of the process elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            try:  # Linux forgets the old peak on request; elsewhere the peak is the process's.
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        status = Path("/proc/self/status")
+        if status.is_file():
+            for line in status.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if __import__("sys").platform == "darwin" else peak * 1024
+
+
+@dataclass
+class StageFolder:
+    """One stage of a run on disk.
+
+    Attributes:
+        name: `squeeze`, `recover`, `relabel`, `student 0`, `attack pgd100 0` and so on.
+        path: its folder.
+        words: everything that shaped its result; `key` is their digest.
+    """
+
+    name: str
+    path: Path
+    words: Mapping[str, Any]
+    _begun: float = field(default=0.0, init=False)
+    _spent: float = field(default=0.0, init=False)
+    _saved: float = field(default=0.0, init=False)
+    _meter: MemoryMeter | None = field(default=None, init=False)
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of `words`."""
+        return canonical.digest(self.words)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the unfinished stage keeps its state."""
+        return self.path / "checkpoint.pt"
+
+    def finished(self) -> dict[str, Any] | None:
+        """What `finish` stored, or None when the stage has not ended."""
+        path = self.path / "stage.json"
+        if not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["key"] != self.key:
+                raise ValueError("it belongs to another stage")
+            for name, sha in stored["files"].items():
+                if canonical.file_digest(self.path / name) != sha:
+                    raise ValueError(f"{name} has changed since it was written")
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise GuardbenchError(
+                f"{path}: {error}; delete the folder and run again to rebuild it."
+            ) from error
+        return dict(stored)
+
+    def begin(self, device: torch.device) -> dict[str, Any] | None:
+        """Starts the clock; returns the last checkpoint of an earlier, unfinished run, if any."""
+        self._begun = self._saved = time.monotonic()
+        self._meter = MemoryMeter(device)
+        if not self.checkpoint_path.is_file():
+            return None
+        try:
+            state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            if state["key"] != self.key:
+                raise ValueError("it belongs to another stage")
+        except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+            raise GuardbenchError(
+                f"{self.checkpoint_path}: unreadable checkpoint "
+                f"({str(error).splitlines()[0][:100]}); delete it to restart this stage."
+            ) from error
+        self._spent = float(state["seconds"])
+        return dict(state["state"])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds worked on this stage, earlier runs included."""
+        return self._spent + time.monotonic() - self._begun
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough to be worth another."""
+        return time.monotonic() - self._saved > CHECKPOINT_EVERY_S
+
+    def checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Writes tensors and plain values from which `begin` can go on."""
+        with atomic_path(self.checkpoint_path) as part:
+            torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, part)
+        self._saved = time.monotonic()
+
+    def finish(
+        self, device: torch.device, files: tuple[str, ...] = (), **facts: Any
+    ) -> dict[str, Any]:
+        """Marks the stage as finished with its `files` (in `path`), cost and further `facts`."""
+        assert self._meter is not None, "begin comes first"
+        stored = {
+            "key": self.key,
+            "words": dict(self.words),
+            "files": {name: canonical.file_digest(self.path / name) for name in files},
+            "cost": {
+                "stage": self.name,
+                "seconds": round(self.seconds, 3),
+                "peak_memory_bytes": self._meter.peak(),
+                "device": device_name(device),
+            },
+            **facts,
+        }
+        write_text(self.path / "stage.json", canonical.dumps(stored))
+        self.checkpoint_path.unlink(missing_ok=True)
+        return stored
+
+
+def stage_cost(stored: Mapping[str, Any], *, shared: bool) -> StageCost:
+    """The cost that `StageFolder.finish` stored, for a record."""
+    return StageCost(**stored["cost"], shared=shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every stage needs to know about the run that it belongs to."""
+
+    accelerator: Accelerator
+    workspace: Path
+    seed: int
+    progress: Progress
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+        return torch.device(self.accelerator.device)
+
+    @property
+    def precision(self) -> str:
+        """Effective precision of distillation and training."""
+        return effective_precision(self.accelerator)
+
+    def stage(self, name: str, kind: str, words: Mapping[str, Any]) -> StageFolder:
+        """The folder of a stage: `<workspace>/<kind>/<first 16 digits of its key>`."""
+        key = canonical.digest(words)
+        return StageFolder(name, self.workspace / kind / key[:16], words)
+
+    def generator(self, *names: str | int, seed: int | None = None) -> torch.Generator:
+        """A CPU generator for the random choice called `names`."""
+        root = self.seed if seed is None else seed
+        return torch.Generator().manual_seed(canonical.derive_seed(root, *names))
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H200`, or the processor's name and thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{device.type}: {name}, {torch.get_num_threads()} threads"
+
+
+def check_finite(loss: Tensor, where: str, remedy: str) -> float:
+    """The loss as a float; stops at once when it is not finite, naming the step and the way out."""
+    value = loss.item()
+    if value != value or value in (float("inf"), float("-inf")):
+        raise GuardbenchError(f"{where}: the loss is {value}; {remedy}.")
+    return value

@@ -1,0 +1,260 @@
+"""The gradient attacks: exact answers on linear models, the ball, and freedom from the batch."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from guardbench.attacks.ball import length, random_start, steepest, tolerance
+from guardbench.attacks.base import Attack, run_verified
+from guardbench.attacks.cw import CW
+from guardbench.attacks.fgsm import FGSM
+from guardbench.attacks.mim import MIM
+from guardbench.attacks.pgd import PGD
+from guardbench.errors import GuardbenchError
+from guardbench.threat import Norm, ThreatModel
+
+LINF = ThreatModel("linf", Fraction(8, 255))
+L2 = ThreatModel("l2", Fraction(1, 4))
+
+
+def linear(classes: int, scale: float = 1.0, pixels: int = 36) -> nn.Module:
+    torch.manual_seed(classes)
+    layer = nn.Linear(pixels, classes)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+        layer.bias.copy_(-0.5 * layer.weight.sum(1))  # grey is undecided, so labels vary
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+def small_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.GELU(), nn.Flatten())
+    layer = nn.Linear(6 * 16, 5)
+    with torch.no_grad():
+        layer.bias.copy_(-layer(features(torch.full((1, 1, 6, 6), 0.5)))[0])
+    return nn.Sequential(features, layer).eval()
+
+
+def images(count: int, model: nn.Module, low: float = 0.3, high: float = 0.7, seed: int = 1):
+    """Images whose pixels no attack here can push to 0 or 1, with the model's own labels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = low + (high - low) * torch.rand(count, 1, 6, 6, generator=generator)
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+def boundary(model: nn.Module, x: Tensor, y: Tensor, norm: Norm) -> Tensor:
+    """Exact distance of every image to the nearest other class of a linear model, float64 [N]."""
+    layer = model[1].double()
+    logits = layer(x.double().flatten(1))
+    gaps = logits.gather(1, y[:, None]) - logits
+    between = layer.weight[y][:, None] - layer.weight[None]
+    dual = between.abs().sum(2) if norm == "linf" else between.square().sum(2).sqrt()
+    distance = torch.where(dual > 0, gaps / dual, torch.inf).amin(1)
+    model[1].float()
+    return distance
+
+
+def middle_eps(distance: Tensor) -> Fraction:
+    """A radius that half of the images survive and that none of them is close to."""
+    ordered = distance.sort().values
+    gaps = ordered.diff()[len(ordered) // 3 : -len(ordered) // 3]
+    best = int(gaps.argmax()) + len(ordered) // 3
+    eps = (ordered[best] + ordered[best + 1]) / 2
+    assert ((distance / eps - 1).abs() > 2e-3).all()
+    return Fraction(float(eps)).limit_denominator(10**6)
+
+
+def exact_case(classes: int, norm: Norm, scale: float = 1.0):
+    model = linear(classes, scale)
+    x, y = images(60, model)
+    distance = boundary(model, x, y, norm)
+    eps = middle_eps(distance.detach())
+    assert eps < Fraction(3, 10) or norm == "l2"  # no pixel meets 0 or 1
+    return model, x, y, ThreatModel(norm, eps), distance > float(eps)
+
+
+def run(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, **options) -> Tensor:
+    return run_verified(attack, model, x, y, seed=0, **options).robust
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_one_step_is_exact_for_two_linear_classes(norm):
+    model, x, y, threat, robust = exact_case(2, norm)
+    assert 0.3 < robust.float().mean() < 0.7
+    assert torch.equal(run(FGSM(threat=threat), model, x, y), robust)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 10])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_iterative_attacks_reach_the_exact_answer_and_never_pass_it(norm, classes):
+    # With steep logits the cross-entropy points at the nearest other class, so that its ascent
+    # is exact; with flat ones it points between classes and may miss an image, never add one.
+    for scale in (100.0, 1.0):
+        model, x, y, threat, robust = exact_case(classes, norm, scale)
+        options = {"threat": threat, "steps": 60, "step": threat.eps / 10}
+        for attack in (PGD(**options), PGD(random_start=False, **options), MIM(**options)):
+            found = run(attack, model, x, y)
+            assert (found >= robust).all()
+            if scale > 1 or classes == 2:
+                assert torch.equal(found, robust)
+
+
+def test_restarts_reach_only_survivors_and_break_no_fewer():
+    model = small_network()
+    x, y = images(40, model, 0.0, 1.0)
+    counts = [
+        run(PGD(threat=LINF, steps=3, step=Fraction(4, 255), restarts=n), model, x, y).sum()
+        for n in (1, 4)
+    ]
+    assert counts[1] <= counts[0] < 40
+
+
+def cw_reference(model: nn.Module, x: Tensor, y: Tensor, c: float, steps: int, lr: float):
+    """Section V with torch's own Adam: nothing leaves, the smallest adversarial l2 is kept."""
+    w = torch.atanh((2 * x - 1) * (1 - 1e-6)).requires_grad_()
+    optimiser = torch.optim.Adam([w], lr=lr)
+    best, first = torch.full((len(x),), torch.inf), torch.full((len(x),), torch.inf)
+    for step in range(steps + 1):
+        adv = (torch.tanh(w) + 1) / 2
+        logits = model(adv)
+        squared = (adv - x).square().flatten(1).sum(1)
+        wrong = logits.argmax(1) != y
+        found = squared.detach().sqrt()
+        first = torch.where(wrong & first.isinf(), found, first)
+        best = torch.where(wrong, torch.minimum(best, found), best)
+        if step < steps:
+            others = logits - 1e9 * nn.functional.one_hot(y, logits.shape[1])
+            f = (logits.gather(1, y[:, None])[:, 0] - others.amax(1)).clamp_min(0)
+            optimiser.zero_grad()
+            (squared.sum() + c * f.sum()).backward()
+            optimiser.step()
+    return best, first
+
+
+def test_cw_agrees_with_a_plain_loop_over_all_steps():
+    model = small_network()
+    x, y = images(60, model, 0.0, 1.0)
+    x[:, :, 0] = 0.0  # border pixels are infinite in tanh space
+    y = model(x).argmax(1)
+    outcome = run_verified(CW(c=1.0, steps=20), model, x, y, seed=0)
+    best, first = cw_reference(model, x, y, c=1.0, steps=20, lr=0.01)
+    assert 5 < (~outcome.robust).sum() < 55
+    assert torch.equal(outcome.robust, best.isinf())
+    broken = ~outcome.robust
+    assert outcome.distance[broken].float().allclose(first[broken], atol=1e-5)
+
+
+ATTACKS: list[Attack] = [
+    FGSM(threat=LINF),
+    FGSM(threat=L2),
+    PGD(threat=LINF, steps=5, step=Fraction(1, 50), restarts=2),
+    PGD(threat=L2, steps=5, step=Fraction(1, 5)),
+    MIM(threat=LINF, steps=5, step=Fraction(1, 50)),
+    MIM(threat=L2, steps=5, step=Fraction(1, 5)),
+    CW(c=0.02, steps=5),
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
+@given(seed=st.integers(0, 2**62), scale=st.sampled_from([1e-6, 1.0, 1e4]))
+@settings(max_examples=12, deadline=None)
+def test_never_leaves_the_ball_or_the_range(attack, seed, scale):
+    model = linear(4, scale)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(6, 1, 6, 6, generator=generator).mul(1.4).sub(0.2).clamp(0, 1)
+    y = torch.randint(4, (6,), generator=generator)
+    adv = attack.perturb(model, x.clone(), y, seed=seed)
+    assert adv.shape == x.shape
+    assert adv.dtype == x.dtype
+    assert float(adv.min()) >= 0
+    assert float(adv.max()) <= 1
+    if attack.threat is not None:
+        distance = length(adv.double() - x.double(), attack.threat.norm)
+        assert (distance <= float(attack.threat.eps) + tolerance(attack.threat, 36)).all()
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
+def test_an_image_does_not_feel_its_batch(attack):
+    model = small_network()
+    x, y = images(30, model, 0.0, 1.0)
+    y[::3] = (y[::3] + 1) % 5  # a third is wrong already
+    whole = attack.perturb(model, x, y, seed=3)
+    for order in (torch.arange(30).flip(0), torch.arange(30)[::2], torch.tensor([7])):
+        part = attack.perturb(model, x[order], y[order], seed=3)
+        assert part.allclose(whole[order], atol=1e-5)
+    outcomes = [run_verified(attack, model, x, y, seed=3, batch_size=size) for size in (1, 7, 64)]
+    for outcome in outcomes:
+        assert torch.equal(outcome.robust, outcomes[0].robust)
+        assert not outcome.robust[::3].any()
+        assert outcome.distance.allclose(outcomes[0].distance, atol=1e-5)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
+def test_leaves_the_world_as_it_was(attack):
+    model = small_network()
+    x, y = images(5, model)
+    before, random, weights = x.clone(), torch.get_rng_state(), [*model.state_dict().values()]
+    copies = [weight.clone() for weight in weights]
+    attack.perturb(model, x, y, seed=0)
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(*pair) for pair in zip(weights, copies, strict=True))
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_random_start_fills_the_ball_and_follows_seed_and_restart():
+    x = torch.full((200, 1, 4, 4), 0.5)
+    x += torch.linspace(0, 1e-3, 200)[:, None, None, None]  # equal images share their noise
+    for threat in (LINF, L2):
+        eps = float(threat.eps)
+        noise = random_start(x, threat, seed=1) - x
+        distance = length(noise, threat.norm)
+        assert eps * 0.97 < distance.max() <= eps * 1.0001
+        assert abs(float(noise.mean())) < eps / 20
+        # Of a uniform point of the 16-dimensional ball, both norms share this quantile.
+        assert 0.35 < (distance < eps * 0.5 ** (1 / 16)).float().mean() < 0.65
+        assert not random_start(x, threat, seed=2).allclose(x + noise)
+        assert not random_start(x, threat, seed=1, restart=1).allclose(x + noise)
+
+
+def test_steps_survive_gradients_too_small_to_square():
+    tiny = torch.full((1, 1, 2, 2), 1e-30)
+    assert steepest(tiny, "l2").allclose(torch.full((1, 1, 2, 2), 0.5))
+    assert torch.equal(steepest(tiny * 0, "l2"), tiny * 0)
+
+
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach().flatten(1)[:, :3]
+
+
+def test_a_model_without_gradient_is_named():
+    x = torch.rand(2, 1, 6, 6)
+    with pytest.raises(GuardbenchError, match="no gradient reaches the images"):
+        FGSM(threat=LINF).perturb(Detached().eval(), x, torch.zeros(2, dtype=torch.int64), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FGSM(threat=ThreatModel("l1", Fraction(1))), "FGSM attacks in linf and l2"),
+        (lambda: PGD(threat=ThreatModel("l1", Fraction(1))), "PGD attacks in linf and l2"),
+        (lambda: MIM(threat=ThreatModel("l1", Fraction(1))), "MIM attacks in linf and l2"),
+        (lambda: CW(threat=LINF), "unbounded"),
+        (lambda: PGD(threat=LINF, steps=0), "must be positive"),
+        (lambda: PGD(threat=LINF, step=Fraction(0)), "must be positive"),
+        (lambda: PGD(threat=LINF, random_start=False, restarts=2), "repeat one search"),
+        (lambda: MIM(threat=LINF, decay=-1.0), "decay not negative"),
+        (lambda: CW(c=0.0), "must be positive"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(make, message):
+    with pytest.raises(GuardbenchError, match=message):
+        make()

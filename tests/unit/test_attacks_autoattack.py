@@ -1,0 +1,220 @@
+"""AutoAttack and Square: the package's own answers, and nothing else in the process moved."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from fractions import Fraction
+
+import pyautoattack
+import pytest
+import torch
+from torch import Tensor, nn
+
+from guardbench.attacks.autoattack import AutoAttack, Square
+from guardbench.attacks.base import run_verified
+from guardbench.errors import GuardbenchError
+from guardbench.threat import ThreatModel
+
+LINF = ThreatModel("linf", Fraction(1, 40))
+L2 = ThreatModel("l2", Fraction(1, 8))
+L1 = ThreatModel("l1", Fraction(1))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Thousands of tiny forward passes: a second thread only costs, most on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _quick(monkeypatch):
+    """A tenth of the iterations, whoever asks for AutoAttack: for tests that want no strength."""
+    run = pyautoattack.AutoAttack.run_standard_evaluation
+
+    def quick(self, *arguments, **options):
+        self.square.n_queries = min(self.square.n_queries, 100)
+        for part in (self.apgd, self.apgd_targeted, self.fab):
+            part.n_iter = part.n_iter_orig = 10
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", quick)
+
+
+def linear(classes: int, size: int = 6, scale: float = 1.0) -> nn.Module:
+    torch.manual_seed(classes)
+    layer = nn.Linear(size * size, classes)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+        layer.bias.copy_(-0.5 * layer.weight.sum(1))  # grey is undecided, so labels vary
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+def images(model: nn.Module, count: int, size: int = 6) -> tuple[Tensor, Tensor]:
+    x = 0.3 + 0.4 * torch.rand(count, 1, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+def exact(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """Which images survive a linear model's best attack: distance / eps, minus 1, [N]."""
+    with torch.no_grad():
+        logits, weight = model(x).double(), model[1].weight.double()
+    between = (weight[y][:, None] - weight).abs()
+    dual = {"linf": between.sum(2), "l2": between.square().sum(2).sqrt(), "l1": between.amax(2)}
+    gaps = (logits.gather(1, y[:, None]) - logits) / dual[threat.norm]
+    others = gaps.scatter(1, y[:, None], torch.inf)
+    return others.amin(1) / float(threat.eps) - 1
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("classes", [4, 6, 12])
+@pytest.mark.parametrize("threat", [LINF, L2], ids=str)
+def test_autoattack_reaches_the_exact_answer(threat, classes):
+    model = linear(classes)
+    x, y = images(model, 60)
+    slack = exact(model, x, y, threat)
+    clear = slack.abs() > 0.01
+    x, y, slack = x[clear][:25], y[clear][:25], slack[clear][:25]
+    outcome = run_verified(AutoAttack(threat=threat), model, x, y, seed=0)
+    assert 2 < outcome.robust.sum() < 23
+    assert torch.equal(outcome.robust, slack > 0)
+
+
+def test_square_comes_close_from_above():
+    model = linear(3)
+    x, y = images(model, 60)
+    threat = ThreatModel("linf", Fraction(1, 60))
+    slack = exact(model, x, y, threat)
+    robust = run_verified(Square(threat=threat, queries=400), model, x, y, seed=0).robust
+    assert (robust >= (slack > 0)).all()
+    assert not robust[slack < -0.3].any()
+    assert 5 < robust.sum() < 55
+
+
+def network(classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, classes)
+    ).eval()
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("threat", [LINF, L2, L1], ids=str)
+def test_equal_to_the_package_called_directly(threat):
+    model = network()
+    x, y = images(model, 8, size=8)
+    x = torch.cat([x, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)])
+    y = model(x).argmax(1)
+    y[0] = (y[0] + 1) % 10
+    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
+    reference = pyautoattack.AutoAttack(model, norm=norm, eps=float(threat.eps), seed=7)
+    expected, _ = reference.run_standard_evaluation(x, y, batch_size=10)
+    assert torch.equal(AutoAttack(threat=threat).perturb(model, x, y, seed=7), expected)
+    assert 0 < (expected != x).flatten(1).any(1).sum() < 10
+    outcome = run_verified(AutoAttack(threat=threat), model, x, y, seed=7)
+    assert not outcome.robust[0]
+
+    reference = pyautoattack.AutoAttack(
+        model, norm=norm, eps=float(threat.eps), seed=7, version="custom", attacks=["square"]
+    )
+    reference.square.n_queries = 60
+    expected, _ = reference.run_standard_evaluation(x, y, batch_size=10)
+    found = Square(threat=threat, queries=60).perturb(model, x, y, seed=7)
+    assert torch.equal(found, expected)
+
+
+def test_square_asks_as_often_as_it_is_told():
+    count = 0
+
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return torch.tensor([1.0, 0.0]).repeat(len(x), 1)
+
+    x, y = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    for queries in (1, 41):
+        Square(threat=LINF, queries=queries).perturb(Counting().eval(), x, y, seed=0)
+    few, count = count, 0
+    Square(threat=LINF).perturb(Counting().eval(), x, y, seed=0)
+    assert count - few == 5000 - 42 - (few - 42) // 2
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("attack", [AutoAttack(threat=LINF), Square(threat=LINF, queries=20)])
+def test_the_rest_of_the_process_is_left_alone(attack, capfd):
+    model = network()
+    with torch.no_grad():
+        model[3].weight.zero_()  # zero gradients make the package warn
+    x, y = images(model, 5, size=8)
+    random = torch.get_rng_state()
+    sys.settrace(tracer := lambda *_: None)
+    try:
+        found = attack.perturb(model, x, y, seed=1)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(None)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert capfd.readouterr() == ("", "")
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+    torch.manual_seed(123)  # and what is random outside does not reach inside
+    assert torch.equal(attack.perturb(model, x, y, seed=1), found)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_the_warnings_of_the_package_reach_our_log(caplog):
+    model = nn.Sequential(network(), nn.Softmax(1)).eval()
+    x, y = images(model, 3, size=8)
+    with caplog.at_level(logging.INFO, logger="guardbench"):
+        AutoAttack(threat=LINF).perturb(model, x, y, seed=1)
+    assert any("probability distribution" in record.message for record in caplog.records)
+    assert {record.name for record in caplog.records} == {"guardbench.attacks.autoattack"}
+
+
+def test_under_four_classes_is_one_clear_line():
+    model = linear(3)
+    x, y = images(model, 4)
+    with pytest.raises(GuardbenchError, match="needs at least 4 classes for its DLR loss, not 3"):
+        run_verified(AutoAttack(threat=LINF), model, x, y, seed=0)
+    assert AutoAttack(threat=LINF, version="rand").perturb(model, x, y, seed=0).shape == x.shape
+    with pytest.raises(GuardbenchError, match="version must be one of standard, plus, rand"):
+        AutoAttack(threat=LINF, version="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("threat", [LINF, L2, L1], ids=str)
+def test_few_images(count, threat):
+    model = network()
+    x, y = images(model, 2, size=8)
+    for attack in (AutoAttack(threat=threat), Square(threat=threat, queries=10)):
+        outcome = run_verified(attack, model, x[:count], y[:count], seed=0)
+        assert outcome.robust.shape == (count,)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_sizes_that_square_cannot_tile_are_told_apart_exactly(norm):
+    threat = ThreatModel(norm, Fraction(1, 2))
+    refused, crashed = [], []
+    for size in (4, 5, 8, 12, 13, 14, 18, 20, 24, 28, 32):
+        model = linear(2, size)
+        x, y = images(model, 2, size)
+        try:
+            Square(threat=threat, queries=2).perturb(model, x, y, seed=0)
+        except GuardbenchError:
+            refused.append(size)
+        engine = pyautoattack.AutoAttack(
+            model, norm=norm.upper(), eps=0.5, seed=0, version="custom", attacks=["square"]
+        )
+        engine.square.n_queries = 2
+        try:
+            engine.run_standard_evaluation(x, y)
+        except (RuntimeError, ZeroDivisionError):
+            crashed.append(size)
+    with pytest.raises(GuardbenchError, match="cannot tile 14 x 14"):
+        AutoAttack(threat=threat).perturb(linear(4, 14), *images(linear(4, 14), 2, 14), seed=0)
+    assert refused == crashed == [4, 12, 14, 18, 24]

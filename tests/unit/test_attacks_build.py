@@ -1,0 +1,130 @@
+"""Every attack of the table, by name; and what a wrong name or parameter is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from guardbench.attacks.base import run_verified
+from guardbench.attacks.build import ATTACKS, build_attack, parse_fraction
+from guardbench.errors import GuardbenchError
+from guardbench.threat import ThreatModel
+
+LINF = ThreatModel("linf", Fraction(1, 5))
+QUICK: dict[str, dict[str, object]] = {
+    "pgd": {"steps": 3, "step": "2.5/255"},
+    "square": {"queries": 20},
+    "autoattack": {"version": "rand"},
+    "cw": {"steps": 3},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ATTACKS))
+def test_every_attack_keeps_the_contract(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()
+    x = torch.rand(6, 1, 8, 8)
+    y = model(x).argmax(1)
+    y[0] = (y[0] + 1) % 5
+    attack = build_attack(kind, LINF, QUICK.get(kind, {}))
+    assert type(attack).__name__.lower() == kind
+    assert dataclasses.fields(attack)[0].name == "threat"
+    assert attack.threat == (None if kind == "cw" else LINF)
+    assert hash(attack) == hash(build_attack(kind, LINF, QUICK.get(kind, {})))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        attack.threat = None
+    with pytest.raises(TypeError):
+        type(attack)(LINF)  # keywords only
+    first, second = (run_verified(attack, model, x, y, seed=4) for _ in range(2))
+    assert torch.equal(first.robust, second.robust)
+    assert torch.equal(first.distance, second.distance)
+    assert not first.robust[0]
+    assert first.distance[0] == 0
+    assert (first.distance[1:] > 0).any()
+
+
+@pytest.mark.parametrize("target", sorted(ATTACKS.values()))
+def test_every_attack_names_its_source(target):
+    module, _, name = target.partition(":")
+    assert "arXiv:" in (getattr(importlib.import_module(module), name).__doc__ or "")
+
+
+def test_defaults_are_those_of_the_guard_tables():
+    threat = ThreatModel("linf", Fraction(1, 255))
+    assert repr(build_attack("pgd", threat, {})) == (
+        "PGD(threat=ThreatModel(norm='linf', eps=Fraction(1, 255)), steps=100,"
+        " step=Fraction(1, 1020), random_start=True, restarts=1)"
+    )
+    assert repr(build_attack("mim", threat, {})).endswith(
+        "steps=20, step=Fraction(1, 255), decay=1.0)"
+    )
+    assert repr(build_attack("cw", threat, {})) == (
+        "CW(threat=None, c=0.0001, steps=50, lr=0.01, kappa=0.0)"
+    )
+    assert repr(build_attack("square", threat, {})).endswith("queries=5000)")
+    assert repr(build_attack("autoattack", threat, {})).endswith("version='standard')")
+
+
+def test_parameters_are_read_by_the_type_of_their_field():
+    pgd = build_attack("pgd", LINF, {"step": "0.25/255", "steps": 7, "random_start": False})
+    assert repr(pgd).endswith("steps=7, step=Fraction(1, 1020), random_start=False, restarts=1)")
+    assert repr(build_attack("mim", LINF, {"decay": 1})).endswith("decay=1.0)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "message"),
+    [
+        ("pdg", {}, "unknown attack 'pdg'; did you mean 'pgd'. it must be one of autoattack, cw"),
+        ("zzz", {}, "unknown attack 'zzz'; it must be one of autoattack, cw, fgsm, mim, pgd"),
+        ("pgd", {"stpes": 3}, "pgd has no parameter 'stpes'; did you mean 'steps'"),
+        ("pgd", {"threat": LINF}, "pgd has no parameter 'threat'"),
+        ("fgsm", {"steps": 3}, "fgsm has no parameter 'steps'; there are none"),
+        ("pgd", {"steps": "3"}, "steps must be a whole number, not '3'"),
+        ("pgd", {"steps": True}, "steps must be a whole number, not True"),
+        ("pgd", {"steps": 2.0}, "steps must be a whole number, not 2.0"),
+        ("pgd", {"step": 0.001}, "step must be an exact fraction in quotes"),
+        ("pgd", {"step": "a/255"}, "'a/255' is not a fraction such as"),
+        ("pgd", {"random_start": 1}, "random_start must be true or false, not 1"),
+        ("mim", {"decay": "1"}, "decay must be a number, not '1'"),
+        ("autoattack", {"version": "fast"}, "version must be one of 'standard', 'plus', 'rand'"),
+        ("autoattack", {"version": ["standard"]}, "version must be one of 'standard'"),
+        ("pgd", {"steps": 0}, "must be positive"),
+    ],
+)
+def test_a_wrong_name_or_value_is_one_clear_line(kind, params, message):
+    with pytest.raises(GuardbenchError, match=message) as error:
+        build_attack(kind, LINF, params)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1/255", Fraction(1, 255)),
+        ("0.25/255", Fraction(1, 1020)),
+        (" 8 / 255 ", Fraction(8, 255)),
+        ("0.5", Fraction(1, 2)),
+        ("3", Fraction(3)),
+        ("0.5/0.25", Fraction(2)),
+    ],
+)
+def test_fractions(text, value):
+    assert parse_fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "/", "1/0", "1/2/3", "eps", "1/", "nan"])
+def test_what_is_no_fraction(text):
+    with pytest.raises(GuardbenchError, match="is not a fraction such as"):
+        parse_fraction(text)
+
+
+def test_the_table_needs_no_torch():
+    code = "import sys, guardbench.attacks.build; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

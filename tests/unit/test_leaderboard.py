@@ -1,0 +1,524 @@
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from guardbench import canonical, leaderboard
+from guardbench.cli.leaderboard import app
+from guardbench.cli.show import show
+from guardbench.errors import GuardbenchError
+from guardbench.leaderboard import Board, RecordFile, build_leaderboard, rebuild
+from guardbench.records import Outcome, ResultRecord, SeedRun, load_record, save_record
+from guardbench.report import differences
+from guardbench.threat import ThreatModel
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PROTOCOL_SHA = hashlib.sha256(b'"protocol"').hexdigest()
+
+
+@dataclass(frozen=True)
+class Attack:
+    name: str
+    images_per_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Student:
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Test:
+    __test__ = False
+    count: int = 60
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Stands in for guardbench.protocol.Protocol; the golden record was measured under it."""
+
+    id: str = "toy"
+    title: str = "A toy"
+    dataset: str = "digits"
+    resolution: int = 32
+    ipc: tuple[int, ...] = (1, 10)
+    rank_by: str = "autoattack"
+    attacks: tuple[Attack, ...] = (Attack("pgd-100"), Attack("cw"), Attack("autoattack", 20))
+    threat: ThreatModel = ThreatModel("linf", Fraction(1, 255))  # noqa: RUF009
+    student: Student = Student()
+    test: Test = Test()
+    digest: str = PROTOCOL_SHA
+
+    def slice_of(self, attack, position):
+        if attack.images_per_seed is None:
+            return 0, self.test.count
+        return position * attack.images_per_seed, attack.images_per_seed
+
+
+TOY = Protocol()
+GUARD = load_record(GOLDEN / "record-v1.json")
+
+
+def record(name="guard", clean=50, pgd=30, aa=10, cw=20, kind="soft", **changes):
+    """A record of three like seeds with these counts of 60, 60, 20 and 60 images."""
+
+    def outcome(correct, total, first=0, **more):
+        return Outcome.from_flags([i < correct for i in range(total)], first=first, **more)
+
+    runs = []
+    for k in range(3):
+        # Only the first 20 images of seed 0 can be right under AutoAttack where clean is small.
+        attacks = {
+            "pgd-100": outcome(pgd, 60),
+            "cw": outcome(cw, 60, bounded=False),
+            "autoattack": outcome(min(aa, max(0, clean - 20 * k)), 20, first=20 * k),
+        }
+        runs.append(SeedRun(seed=k, clean=outcome(clean, 60), attacks=attacks))
+    words = GUARD.model_dump()
+    words["seeds"] = runs
+    words["method"] = {**words["method"], "name": name, "title": name.upper()}
+    words["artifact"] = {**words["artifact"], "label_kind": kind}
+    return ResultRecord(**{**words, **changes})
+
+
+def stored(made, path=None):
+    path = path or f"baselines/{made.method.name}/results/toy/ipc{made.ipc}.json"
+    return RecordFile(path, canonical.digest(made.model_dump(mode="json")), made)
+
+
+def ranks(board, track="soft"):
+    return [(row["method"]["name"], row["rank"]) for row in board["tracks"][track]]
+
+
+# --- one board
+
+
+def test_the_golden_board_is_built_to_the_byte():
+    hard = record("random", clean=30, pgd=3, aa=1, kind="hard")
+    path = "baselines/guard/results/toy/ipc10.json"
+    file = RecordFile(path, canonical.file_digest(GOLDEN / "record-v1.json"), GUARD)
+    board = build_leaderboard([stored(hard), file], TOY, 10)
+    text = (GOLDEN / "board-v1.json").read_text(encoding="utf-8")
+    assert canonical.dumps(board) == text
+    assert Board.model_validate_json(text, strict=True).model_dump(mode="json") == board
+
+
+def test_numbers_of_a_row_by_hand():
+    board = build_leaderboard([stored(record(clean=50, pgd=30, aa=10, cw=20))], TOY, 10)
+    (row,) = board["tracks"]["soft"]
+    assert row["clean"]["mean"] == 83.3333
+    assert row["attacks"]["pgd-100"]["per_seed"] == [50, 50, 50]
+    assert row["attacks"]["autoattack"]["mean"] == 50
+    assert row["attacks"]["autoattack"]["images"] == 60
+    assert row["attacks"]["autoattack"]["images_per_seed"] == [20, 20, 20]
+    assert row["attacks"]["cw"]["bounded"] is False
+    # Images 0-9, 20-29 and none of 40-49 survive both; PGD leaves 0-29.
+    assert row["worst_case"]["per_seed"] == [50, 50, 0]
+    assert row["worst_case"]["attacks"] == ["autoattack", "pgd-100"]
+    assert row["worst_case"]["excluded"] == ["cw"]
+    # squeeze (reused) and recover; student and pgd-100.
+    assert row["cost"]["distill_seconds"] == 43.8
+    assert row["cost"]["evaluate_seconds"] == 65.5
+    assert row["cost"]["peak_memory_bytes"] == 1_512_000_000
+    assert row["record"]["path"] == "baselines/guard/results/toy/ipc10.json"
+    assert row["provenance"]["torch"] == "2.15.0"
+    assert board["protocol"]["threat"] == "linf 1/255"
+    assert board["protocol"]["attacks"] == ["pgd-100", "cw", "autoattack"]
+
+
+def test_ranking_is_by_the_protocols_column_then_clean():
+    files = [
+        stored(record("a", clean=60, pgd=60, aa=9)),
+        stored(record("b", clean=50, pgd=20, aa=10)),
+        stored(record("c", clean=55, pgd=10, aa=10)),
+    ]
+    assert ranks(build_leaderboard(files, TOY, 10)) == [("c", 1), ("b", 2), ("a", 3)]
+    by_pgd = replace(TOY, rank_by="pgd-100")
+    assert ranks(build_leaderboard(files, by_pgd, 10)) == [("a", 1), ("b", 2), ("c", 3)]
+    # Worst of three slices: a 9 9 9, b 10 0 0, c 10 0 0.
+    by_worst = replace(TOY, rank_by="worst_case")
+    assert ranks(build_leaderboard(files, by_worst, 10)) == [("a", 1), ("c", 2), ("b", 3)]
+
+
+def test_equal_values_share_a_rank_and_stand_by_name():
+    files = [stored(record(n, pgd=p)) for n, p in (("d", 1), ("b", 2), ("c", 2), ("a", 1))]
+    files.append(stored(record("e", aa=9)))
+    board = build_leaderboard(files, TOY, 10)
+    assert ranks(board) == [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 5)]
+
+
+def test_tracks_are_never_ranked_together():
+    files = [
+        stored(record("weak", aa=1, kind="hard")),
+        stored(record("strong", aa=10, kind="soft")),
+        stored(record("other", aa=5, kind="teacher")),
+    ]
+    board = build_leaderboard(files, TOY, 10)
+    assert ranks(board, "hard") == [("weak", 1)]
+    assert ranks(board, "soft") == [("strong", 1)]
+    assert ranks(board, "teacher") == [("other", 1)]
+
+
+def test_two_results_of_one_method_both_stand_and_a_copy_does_not():
+    one = stored(record(aa=10), "baselines/guard/results/z.json")
+    two = stored(record(aa=9), "baselines/guard/results/y.json")
+    words = one.record.model_dump()
+    copy = ResultRecord(**{**words, "cost": ()})
+    copied = stored(copy, "baselines/guard/results/a.json")
+    board = build_leaderboard([one, two, copied], TOY, 10)
+    assert [row["record"]["path"] for row in board["tracks"]["soft"]] == [
+        "baselines/guard/results/a.json",
+        "baselines/guard/results/y.json",
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(40, 60), st.integers(0, 10)), min_size=1, max_size=6),
+    st.randoms(use_true_random=False),
+)
+def test_the_order_of_records_does_not_matter(numbers, shuffler):
+    files = [
+        stored(record(f"m{i}", clean=clean, aa=aa, kind=["hard", "soft", "teacher"][i % 3]))
+        for i, (clean, aa) in enumerate(numbers)
+    ]
+    before = canonical.dumps(build_leaderboard(files, TOY, 10))
+    shuffler.shuffle(files)
+    assert canonical.dumps(build_leaderboard(files, TOY, 10)) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "protocol", "said"),
+    [
+        ({"protocol_sha256": "0" * 64}, TOY, "protocol: measured under toy, digest 000000000000"),
+        ({"protocol": "other"}, TOY, "protocol: measured under other"),
+        ({"dataset": "cifar10"}, TOY, "dataset: cifar10, protocol toy says digits"),
+        ({"resolution": 64}, TOY, "resolution: 64, protocol toy says 32"),
+        ({"ipc": 1}, TOY, "ipc: 1, protocol toy says 10"),
+        ({}, replace(TOY, attacks=TOY.attacks[:2]), "attacks: autoattack, cw, pgd-100, protocol"),
+        ({}, replace(TOY, student=Student((0, 1))), "seeds: 0, 1, 2, protocol toy says 0, 1"),
+        ({}, replace(TOY, student=Student((0, 2, 1))), "seeds: 0, 1, 2, protocol toy says 0, 2, 1"),
+        ({}, replace(TOY, test=Test(count=61)), "test.total: 60, protocol toy says 61"),
+        ({}, replace(TOY, test=Test(sha256="0" * 64)), "test.list_sha256: "),
+        (
+            {},
+            replace(TOY, attacks=(*TOY.attacks[:2], Attack("autoattack", 10))),
+            "seeds: autoattack of seed 0 measures 20 images from 0, protocol toy says 10 from 0",
+        ),
+        ({}, replace(TOY, ipc=(1, 50)), "ipc: protocol toy measures 1, 50, not 10"),
+    ],
+)
+def test_a_record_of_another_measurement_is_refused_by_name(changes, protocol, said):
+    good = stored(record("sre2l"))
+    bad = stored(record("guard", **changes), "baselines/guard/results/bad.json")
+    with pytest.raises(GuardbenchError) as caught:
+        build_leaderboard([good, bad] if changes else [bad], protocol, 10)
+    line = str(caught.value)
+    assert line.startswith(f"baselines/guard/results/bad.json: {said}")
+    assert "run it again" in line
+    assert "\n" not in line
+
+
+def test_fewer_clean_images_than_the_protocols_are_refused():
+    words = GUARD.model_dump()
+    words["seeds"][1]["clean"] = Outcome.from_flags([True] * 59).model_dump()
+    for attack in ("pgd-100", "cw"):
+        words["seeds"][1]["attacks"][attack] = Outcome.from_flags(
+            [True] * 59, bounded=attack != "cw"
+        ).model_dump()
+    words["seeds"][1]["attacks"]["autoattack"] = Outcome.from_flags(
+        [True] * 20, first=20
+    ).model_dump()
+    with pytest.raises(GuardbenchError, match="of seed 1 measures 59 images from 0"):
+        build_leaderboard([stored(ResultRecord(**words))], TOY, 10)
+
+
+def test_ranking_by_a_worst_case_that_is_not_there_is_refused():
+    protocol = replace(TOY, attacks=(Attack("cw"),), rank_by="worst_case")
+    words = GUARD.model_dump()
+    for run in words["seeds"]:
+        run["attacks"] = {"cw": run["attacks"]["cw"]}
+    with pytest.raises(GuardbenchError, match="no worst case"):
+        build_leaderboard([stored(ResultRecord(**words))], protocol, 10)
+    board = build_leaderboard([stored(ResultRecord(**words))], replace(protocol, rank_by="cw"), 10)
+    assert board["tracks"]["soft"][0]["worst_case"] is None
+
+
+# --- all boards
+
+
+def load(name):
+    if name != "toy":
+        raise GuardbenchError(f"unknown protocol {name!r}.")
+    return TOY
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaderboard, "_load_protocol", load)
+    for made in (
+        record("guard"),
+        record("guard", ipc=1),
+        record("sre2l", aa=7),
+        record("random", kind="hard"),
+    ):
+        path = f"baselines/{made.method.name}/results/toy/ipc{made.ipc}.json"
+        save_record(tmp_path / path, made)
+    save_record(tmp_path / "submissions/mine/results/deep/er/x.json", record("mine", aa=8))
+    return tmp_path
+
+
+def test_every_record_is_on_its_board(checkout):
+    texts = rebuild(checkout)
+    assert [path.as_posix() for path in texts] == [
+        "leaderboards/board.schema.json",
+        "leaderboards/index.json",
+        "leaderboards/record.schema.json",
+        "leaderboards/toy/ipc1.json",
+        "leaderboards/toy/ipc10.json",
+    ]
+    board = json.loads(texts[Path("leaderboards/toy/ipc10.json")])
+    assert ranks(board) == [("guard", 1), ("mine", 2), ("sre2l", 3)]
+    for row in board["tracks"]["soft"]:
+        assert canonical.file_digest(checkout / row["record"]["path"]) == row["record"]["sha256"]
+    index = json.loads(texts[Path("leaderboards/index.json")])
+    assert [(b["path"], b["rows"]) for b in index["boards"]] == [
+        ("toy/ipc1.json", {"hard": 0, "soft": 1, "teacher": 0}),
+        ("toy/ipc10.json", {"hard": 1, "soft": 3, "teacher": 0}),
+    ]
+
+
+def test_no_record_gives_an_empty_index(tmp_path):
+    (tmp_path / "baselines").mkdir()
+    texts = rebuild(tmp_path, load=load)
+    assert json.loads(texts[Path("leaderboards/index.json")])["boards"] == []
+
+
+def test_the_schemas_name_every_field_of_what_they_describe(checkout):
+    texts = rebuild(checkout)
+    for name, path in (("board", "leaderboards/toy/ipc10.json"), ("record", None)):
+        schema = json.loads(texts[Path(f"leaderboards/{name}.schema.json")])
+        found = json.loads(texts[Path(path)]) if path else GUARD.model_dump(mode="json")
+        conforms(found, schema, schema["$defs"])
+        found["surprise"] = 1
+        with pytest.raises(AssertionError):
+            conforms(found, schema, schema["$defs"])
+
+
+def conforms(value, schema, defs):
+    """The part of JSON Schema that our two schemas use; no validator is installed here."""
+    if "$ref" in schema:
+        schema = defs[schema["$ref"].removeprefix("#/$defs/")]
+    if "anyOf" in schema:
+        options = [option for option in schema["anyOf"] if (option == NULL) == (value is None)]
+        assert options
+        for option in options:
+            conforms(value, option, defs)
+        return
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+    if "type" in schema:
+        assert isinstance(value, kinds.get(schema["type"], (int, float, type(None)))), schema
+    if "const" in schema:
+        assert value == schema["const"]
+    if "enum" in schema:
+        assert value in schema["enum"]
+    if "properties" in schema:
+        assert schema["additionalProperties"] is False
+        assert value.keys() == set(schema["required"]) == schema["properties"].keys()
+        for key, inner in schema["properties"].items():
+            conforms(value[key], inner, defs)
+    elif schema.get("type") == "object":
+        for inner in value.values():
+            conforms(inner, schema["additionalProperties"], defs)
+    if schema.get("type") == "array":
+        for inner in value:
+            conforms(inner, schema["items"], defs)
+
+
+NULL = {"type": "null"}
+
+
+def test_a_record_in_another_methods_folder_is_refused(checkout):
+    save_record(checkout / "submissions/evil/results/x.json", record("guard", aa=1))
+    with pytest.raises(GuardbenchError, match=r"evil/results/x.json: method.name: 'guard' stands"):
+        rebuild(checkout)
+
+
+def test_an_unknown_protocol_is_told_with_the_file(checkout):
+    save_record(checkout / "baselines/guard/results/new.json", record("guard", protocol="new"))
+    with pytest.raises(GuardbenchError, match=r"results/new.json: protocol: unknown protocol"):
+        rebuild(checkout)
+
+
+def test_a_link_out_of_the_checkout_is_refused(checkout, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "x.json"
+    save_record(outside, record("guard", aa=1))
+    (checkout / "baselines/guard/results/link.json").symlink_to(outside)
+    with pytest.raises(GuardbenchError, match=r"link.json: not a plain file inside"):
+        rebuild(checkout)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(checkout):
+    os.mkfifo(checkout / "baselines/guard/results/pipe.json")
+    with pytest.raises(GuardbenchError, match=r"pipe.json: not a plain file"):
+        rebuild(checkout)
+
+
+# --- a workspace
+
+
+def test_a_workspace_gets_boards_of_what_was_run_there(tmp_path):
+    save_record(tmp_path / "records/toy/ipc10/guard-1.json", record("guard"))
+    save_record(tmp_path / "records/toy/ipc10/sre2l.json", record("sre2l", aa=5))
+    boards = leaderboard.build_workspace_boards(tmp_path, load=load)
+    assert boards == [tmp_path / leaderboard.board_path("toy", 10)]
+    assert ranks(json.loads(boards[0].read_text(encoding="utf-8"))) == [("guard", 1), ("sre2l", 2)]
+    assert (tmp_path / "leaderboards/index.json").is_file()
+
+
+def test_a_stale_record_of_a_workspace_is_an_error_or_a_warning(tmp_path):
+    save_record(tmp_path / "records/toy/ipc10/guard.json", record("guard"))
+    old = record("sre2l", protocol_sha256="0" * 64)
+    save_record(tmp_path / "records/toy/ipc10/sre2l.json", old)
+    save_record(tmp_path / "records/gone/ipc10/x.json", record("guard", protocol="gone"))
+    with pytest.raises(GuardbenchError, match=r"gone/ipc10/x\.json"):
+        leaderboard.build_workspace_boards(tmp_path, load=load)
+    told = []
+    (path,) = leaderboard.build_workspace_boards(tmp_path, load=load, warn=told.append)
+    assert ranks(json.loads(path.read_text(encoding="utf-8"))) == [("guard", 1)]
+    assert len(told) == 2
+    assert told[0].startswith("records/gone/ipc10/x.json: protocol: unknown protocol")
+    assert told[1].startswith("records/toy/ipc10/sre2l.json: protocol: measured under toy")
+
+
+# --- the commands
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_build_then_check(checkout):
+    assert call("check", "--root", checkout).exit_code == 1
+    built = call("build", "--root", checkout)
+    assert built.exit_code == 0
+    assert "wrote leaderboards/toy/ipc10.json" in built.output
+    again = call("build", "--root", checkout)
+    assert again.output == "nothing to do: 5 files are up to date\n"
+    checked = call("check", "--root", checkout)
+    assert (checked.exit_code, checked.output) == (0, "ok: 5 files are what the records give\n")
+
+
+@pytest.mark.parametrize("name", ["toy/ipc10.json", "index.json", "record.schema.json"])
+def test_check_sees_one_changed_byte(checkout, name):
+    call("build", "--root", checkout)
+    path = checkout / "leaderboards" / name
+    content = bytearray(path.read_bytes())
+    for at in random.Random(0).sample(range(len(content)), 5):
+        changed = bytearray(content)
+        changed[at] ^= 1
+        path.write_bytes(changed)
+        result = call("check", "--root", checkout)
+        assert result.exit_code == 1
+        assert f"--- leaderboards/{name} (found)" in result.output
+        assert "+++ " in result.output
+    path.write_bytes(content)
+    assert call("check", "--root", checkout).exit_code == 0
+
+
+def test_check_shows_the_line_that_differs(checkout):
+    call("build", "--root", checkout)
+    path = checkout / "leaderboards/toy/ipc10.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"mean": 83.3333', '"mean": 93.3333', 1), encoding="utf-8")
+    lines = call("check", "--root", checkout).output.splitlines()
+    assert any(line.startswith("-") and line.endswith('"mean": 93.3333,') for line in lines)
+    assert any(line.startswith("+") and line.endswith('"mean": 83.3333,') for line in lines)
+
+
+def test_check_sees_a_change_of_line_ends_and_of_the_last_newline(checkout):
+    call("build", "--root", checkout)
+    path = checkout / "leaderboards/index.json"
+    text = path.read_bytes()
+    for changed in (text.replace(b"\n", b"\r\n"), text.rstrip(b"\n"), text + b"\n"):
+        path.write_bytes(changed)
+        assert call("check", "--root", checkout).exit_code == 1
+
+
+def test_a_hostile_board_cannot_write_on_the_terminal(checkout):
+    call("build", "--root", checkout)
+    path = checkout / "leaderboards/toy/ipc10.json"
+    path.write_bytes(b"\x1b[2J\xff\r" + path.read_bytes())
+    result = call("check", "--root", checkout)
+    assert result.exit_code == 1
+    assert all(line.isprintable() for line in result.output.split("\n"))
+    path.write_bytes(b"\n" * 10_000)
+    lines = differences(checkout, rebuild(checkout), limit=50)
+    assert len(lines) == 51
+    assert lines[-1].startswith("... ")
+
+
+def test_missing_and_extra_boards_are_told_and_mended(checkout):
+    call("build", "--root", checkout)
+    (checkout / "leaderboards/toy/ipc1.json").unlink()
+    extra = checkout / "leaderboards/gone/ipc50.json"
+    extra.parent.mkdir()
+    extra.write_text("{}", encoding="utf-8")
+    ours = checkout / "leaderboards/toy/README.md"
+    ours.write_text("kept", encoding="utf-8")
+    output = call("check", "--root", checkout).output
+    assert "missing: leaderboards/toy/ipc1.json\n" in output
+    assert "extra: leaderboards/gone/ipc50.json: no record supports it\n" in output
+    built = call("build", "--root", checkout).output
+    assert "removed leaderboards/gone/ipc50.json: no record supports it\n" in built
+    assert "wrote leaderboards/toy/ipc1.json\n" in built
+    assert not extra.parent.exists()
+    assert ours.exists()
+    assert call("check", "--root", checkout).exit_code == 0
+
+
+def test_the_checkout_is_found_from_a_folder_inside(checkout, monkeypatch):
+    inside = checkout / "baselines/guard"
+    monkeypatch.chdir(inside)
+    assert call("build").exit_code == 0
+    assert (checkout / "leaderboards/index.json").is_file()
+
+
+def test_a_root_without_baselines_is_one_line(tmp_path, monkeypatch):
+    result = call("check", "--root", tmp_path)
+    assert isinstance(result.exception, GuardbenchError)
+    assert "no baselines/ folder" in str(result.exception)
+    monkeypatch.chdir(tmp_path)
+    result = call("build")
+    assert "no baselines/ folder" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_help_has_an_example():
+    for arguments in ([], ["build"], ["check"]):
+        output = call(*arguments, "--help").output
+        assert "Example: guardbench leaderboard" in " ".join(output.split())
+    assert "Example: guardbench show" in show.__doc__
+
+
+def test_nothing_here_loads_torch_and_help_loads_no_pydantic():
+    code = (
+        "import sys, guardbench.cli.leaderboard, guardbench.cli.show\n"
+        "assert 'pydantic' not in sys.modules\n"
+        "import guardbench.report, guardbench.leaderboard\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'guardbench.protocol'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
