@@ -51,7 +51,12 @@ class Regulariser(Protocol):
 class Plain:
     """No regulariser: the loss alone."""
 
-    def backward(self, model: nn.Module, loss_at: LossAt, images: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self,
+        model: nn.Module,  # noqa: ARG002 - the interface gives it
+        loss_at: LossAt,
+        images: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """See `Regulariser.backward`; the penalty is 0."""
         loss = loss_at(images)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -92,7 +97,7 @@ class FirstOrderCurvature:
             if parameter.grad is not None:
                 # Exact only where .grad held nothing before this batch, as in squeeze.
                 parameter.grad.mul_(1 - signed)
-        (signed * moved).backward()
+        (signed * moved).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), self.weight * rise.abs()
 
 
@@ -122,7 +127,7 @@ class DoubleBackwardCurvature:
             moved = loss_at(there_images)
         (there,) = torch.autograd.grad(moved * count, there_images, create_graph=True)
         penalty = self.weight * (there - here).flatten(1).square().sum(1).mean()
-        (loss + penalty).backward()
+        (loss + penalty).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), penalty.detach()
 
 
@@ -150,5 +155,5 @@ def step_along(gradient: Tensor, h: float) -> Tensor:
     An image whose gradient is zero stays where it is.
     """
     length = h * math.sqrt(gradient[0].numel())
-    norms = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1).view(-1, 1, 1, 1)
     return length * gradient / norms.clamp_min(torch.finfo(gradient.dtype).tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from guardbench import canonical
@@ -17,7 +18,7 @@ from guardbench.data.catalog import CATALOG, class_names
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, build_model, load_weights, save_weights
 from guardbench.protocol import Name, Strict, first_problem
-from guardbench.store import atomic_path, read_text, write_text
+from guardbench.store import read_text, write_bytes, write_text
 
 LabelKind = Literal["hard", "soft", "teacher"]
 MANIFEST = "manifest.json"
@@ -106,8 +107,7 @@ def save_distilled(
     tensors = {"images": images.contiguous(), "labels": hard}
     if soft is not None:
         tensors["soft"] = soft
-    with atomic_path(folder / IMAGES) as part:
-        save_file(tensors, part)
+    write_bytes(folder / IMAGES, save(tensors))
     files = {IMAGES: canonical.file_digest(folder / IMAGES)}
     label_bytes = hard.numel() if soft is None else soft.numel() * soft.element_size()
     if teacher is not None:
@@ -211,13 +211,19 @@ def save_preview(
         for column, index in enumerate(torch.nonzero(hard == row).flatten()[:columns].tolist()):
             axes = grid[row][column]
             picture = images[index].permute(1, 2, 0).numpy()
-            axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture,
-                        cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(
+                picture.squeeze(-1) if picture.shape[-1] == 1 else picture,
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
+            )
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
                 spine.set_visible(False)
             if column == 0:
                 axes.set_ylabel(classes[row], rotation=0, ha="right", va="center", fontsize=9)
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", metadata={"Software": None})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())

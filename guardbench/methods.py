@@ -16,6 +16,10 @@ from guardbench.errors import GuardbenchError
 from guardbench.protocol import Name, Strict, first_problem, read_toml, unknown
 
 
+def _no_regulariser() -> dict[str, str | float | int]:
+    return {"kind": "none"}
+
+
 class Recipe(Strict):
     """The hyperparameters of a method on one dataset at one resolution.
 
@@ -26,7 +30,7 @@ class Recipe(Strict):
     """
 
     source: str = Field(max_length=400)
-    regulariser: dict[str, str | float | int] = Field(default_factory=lambda: {"kind": "none"})
+    regulariser: dict[str, str | float | int] = Field(default_factory=_no_regulariser)
     params: dict[str, dict[str, Any]]
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
+import torchvision  # type: ignore[import-untyped]
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import unknown
-from guardbench.store import atomic_path
+from guardbench.store import write_bytes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -97,7 +97,7 @@ def fit_stem(net: torchvision.models.ResNet, channels: int, resolution: int) -> 
     """
     if resolution <= 32:
         net.conv1 = nn.Conv2d(channels, 64, 3, stride=1, padding=1, bias=False)
-        net.maxpool = nn.Identity()  # type: ignore[assignment]  # ResNet declares a MaxPool2d
+        net.maxpool = nn.Identity()
     elif resolution <= 64:
         net.conv1 = nn.Conv2d(channels, 64, 3, stride=2, padding=1, bias=False)
     elif channels != 3:
@@ -106,9 +106,11 @@ def fit_stem(net: torchvision.models.ResNet, channels: int, resolution: int) -> 
 
 def _resnet(depth: str) -> Callable[[int, int, int], nn.Module]:
     def build(channels: int, classes: int, resolution: int) -> nn.Module:
-        net = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=classes)
+        net: nn.Module = getattr(torchvision.models, f"resnet{depth}")(
+            weights=None, num_classes=classes
+        )
         fit_stem(net, channels, resolution)
-        return net  # type: ignore[no-any-return]
+        return net
 
     return build
 
@@ -172,8 +174,7 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Writes a model's parameters and buffers as safetensors, whole or not at all."""
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with atomic_path(path) as part:
-        save_file(state, part)
+    write_bytes(path, save(state))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

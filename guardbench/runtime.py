@@ -6,7 +6,12 @@ it runs and a `stage.json` once it is finished; a finished stage is never run ag
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import platform
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
 from guardbench.records import StageCost
-from guardbench.store import atomic_path, write_text
+from guardbench.store import write_bytes, write_text
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CHECKPOINT_EVERY_S = 20.0
@@ -70,7 +75,7 @@ def _check_device(device: str) -> str:
 
 def _bf16_gains(kind: str, resolution: int) -> bool:
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if kind != "cpu" or resolution < BF16_CPU_RESOLUTION:
         return False
     # Emulated bf16 is slower than float32, so ask whether the processor has the instructions.
@@ -93,10 +98,9 @@ class MemoryMeter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            try:  # Linux forgets the old peak on request; elsewhere the peak is the process's.
+            # Linux forgets the old peak on request; elsewhere the peak is the process's.
+            with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass
 
     def peak(self) -> int:
         """Bytes."""
@@ -107,10 +111,8 @@ class MemoryMeter:
             for line in status.read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
-        import resource
-
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if __import__("sys").platform == "darwin" else peak * 1024
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass
@@ -169,7 +171,7 @@ class StageFolder:
             state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
             if state["key"] != self.key:
                 raise ValueError("it belongs to another stage")
-        except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+        except Exception as error:
             raise GuardbenchError(
                 f"{self.checkpoint_path}: unreadable checkpoint "
                 f"({str(error).splitlines()[0][:100]}); delete it to restart this stage."
@@ -188,8 +190,9 @@ class StageFolder:
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
         """Writes tensors and plain values from which `begin` can go on."""
-        with atomic_path(self.checkpoint_path) as part:
-            torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, part)
+        buffer = io.BytesIO()
+        torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
+        write_bytes(self.checkpoint_path, buffer.getvalue())
         self._saved = time.monotonic()
 
     def finish(
@@ -253,8 +256,6 @@ def device_name(device: torch.device) -> str:
     """`NVIDIA H200`, or the processor's name and thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    import platform
-
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -21,7 +21,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.name}.", suffix=".part", dir=target.parent
+        )
         os.close(handle)
         part = Path(name)
         try:
@@ -32,6 +34,16 @@ def atomic_path(target: Path) -> Iterator[Path]:
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Writes `data`, whole or not at all.
+
+    Writers of other libraries report a full disk in ways of their own, so what they make goes
+    through memory and this function.
+    """
+    with atomic_path(target) as part:
+        part.write_bytes(data)
 
 
 def write_text(target: Path, text: str) -> None:

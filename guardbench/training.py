@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ from guardbench.distillers.base import PlannedStage
 from guardbench.models import Classifier, build_model, load_weights, save_weights
 from guardbench.protocol import Student
 from guardbench.runtime import Run, StageFolder, check_finite
-from guardbench.store import atomic_path
+from guardbench.store import write_bytes
 from guardbench.views import View, epoch_views
 
 LABELS = "labels.safetensors"
@@ -41,9 +41,7 @@ def plan_relabel(run: Run, artifact: str, student: Student, images: int) -> Plan
     return PlannedStage(folder, f"{student.epochs} epochs", student.epochs * images / 3)
 
 
-def plan_student(
-    run: Run, artifact: str, student: Student, images: int, seed: int
-) -> PlannedStage:
+def plan_student(run: Run, artifact: str, student: Student, images: int, seed: int) -> PlannedStage:
     """The stage that trains the student of one seed."""
     words = {
         "stage": "student",
@@ -86,8 +84,7 @@ def relabel(run: Run, distilled: DistilledDataset, student: Student, stage: Plan
             bar.advance()
             if folder.due() and epoch + 1 < student.epochs:
                 folder.checkpoint({"epoch": epoch + 1, "labels": stored[: epoch + 1].clone()})
-    with atomic_path(folder.path / LABELS) as part:
-        save_file({"logits": stored}, part)
+    write_bytes(folder.path / LABELS, save({"logits": stored}))
     folder.finish(run.device, (LABELS,))
 
 
@@ -137,9 +134,7 @@ def _train(
     model: Classifier,
     logits: Tensor | None,
 ) -> None:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), student.lr, weight_decay=student.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), student.lr, weight_decay=student.weight_decay)
     images = distilled.images.to(run.device)
     loss_of = _loss(distilled, student, run.device)
     state = folder.begin(run.device)

@@ -59,7 +59,7 @@ def epoch_views(
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "views", epoch))
     order = torch.randperm(images, generator=generator)
-    for indices in order.split(student.batch_size):
+    for indices in torch.split(order, student.batch_size):
         count = len(indices)
         boxes = draw_crops(count, resolution, student.crop_scale, generator)
         flips = draw_flips(count, generator) & student.flip

@@ -38,10 +38,13 @@ class AutoAttack:
         threat: the ball; l-inf, l2 or l1.
         version: `standard`; `plus` adds restarts and untargeted parts; `rand` is for models
             whose answers are random.
+        square: False leaves Square out, for a caller that has run it on these images already
+            and takes both verdicts together; the ensemble's verdict does not depend on order.
     """
 
     threat: ThreatModel
     version: Literal["standard", "plus", "rand"] = "standard"
+    square: bool = True
 
     def __post_init__(self) -> None:
         if self.version not in MIN_CLASSES:
@@ -65,12 +68,14 @@ class AutoAttack:
                 f"AutoAttack {self.version} needs at least {needed} classes for its DLR loss, not"
                 f" {classes}; use pgd and square instead"
             )
-        if self.version != "rand":
+        if self.square and self.version != "rand":
             _require_tiles(self.threat, x)
 
         def adjust(engine: Any) -> None:
             for part in (engine.apgd_targeted, engine.fab):
                 part.n_target_classes = min(part.n_target_classes, classes - 1)
+            if not self.square and "square" in engine.attacks_to_run:
+                engine.attacks_to_run.remove("square")
 
         return _run(model, x, y, self.threat, seed, {"version": self.version}, adjust)
 

@@ -100,9 +100,7 @@ def run(
     from guardbench.report import print_record
 
     console.print()
-    print_record(
-        console, finished.record, threat=threat_text(plan.protocol), paths=finished.paths
-    )
+    print_record(console, finished.record, threat=threat_text(plan.protocol), paths=finished.paths)
 
 
 class _Quiet:
@@ -144,7 +142,9 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     console.print("  stages", highlight=False)
     for title, stages in _grouped(plan).items():
         done = sum(stage.folder.finished() is not None for stage in stages)
-        mark = "done" if done == len(stages) else f"{done} of {len(stages)} done" if done else "to do"
+        mark = (
+            "done" if done == len(stages) else f"{done} of {len(stages)} done" if done else "to do"
+        )
         many = f" x {len(stages)} seeds" if len(stages) > 1 else ""
         console.print(
             f"    {title:<12} {stages[0].steps + many:<28} {mark}", highlight=False, soft_wrap=True

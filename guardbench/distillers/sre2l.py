@@ -160,15 +160,12 @@ def _train_teacher(
                 picked = order[step * params.batch_size : (step + 1) * params.batch_size]
                 boxes = draw_crops(len(picked), task.resolution, params.crop_scale, generator)
                 flips = draw_flips(len(picked), generator) & params.flip
-                images = apply_crops(
-                    train.batch(picked, run.device), boxes, flips, task.resolution
-                )
+                images = apply_crops(train.batch(picked, run.device), boxes, flips, task.resolution)
                 labels = train.labels[picked].to(run.device)
 
                 def loss_at(x: Tensor, y: Tensor = labels) -> Tensor:
                     with run.accelerator.autocast():
-                        loss = F.cross_entropy(model(x).float(), y)
-                    return loss
+                        return F.cross_entropy(model(x).float(), y)
 
                 optimizer.zero_grad(set_to_none=True)
                 loss, penalty = regulariser.backward(model, loss_at, images)
@@ -285,7 +282,11 @@ class _Recovery:
         self.optimizer = torch.optim.Adam([self.images], params.lr, betas=(0.5, 0.9))
 
     def optimise(
-        self, folder: StageFolder, advance: Callable[[int, str], None], done: list[Tensor], state: dict[str, Any] | None
+        self,
+        folder: StageFolder,
+        advance: Callable[[int, str], None],
+        done: list[Tensor],
+        state: dict[str, Any] | None,
     ) -> Tensor:
         """Runs the steps that are left; returns images [n, C, H, W] in [0, 1] on the CPU."""
         first = 0
@@ -330,16 +331,14 @@ class _Recovery:
         views = torch.cat(
             [
                 torch.roll(part, (down, right), (2, 3))
-                for part, (down, right) in zip(views.split(self.size), rolls, strict=True)
+                for part, (down, right) in zip(torch.split(views, self.size), rolls, strict=True)
             ]
         )
         self.optimizer.zero_grad(set_to_none=True)
         groups = len(self.chunk)
         with bn_discrepancy(self.teacher, groups, params.first_bn) as terms:
             with run.accelerator.autocast():
-                logits = self.teacher.backbone(
-                    views.contiguous(memory_format=torch.channels_last)
-                )
+                logits = self.teacher.backbone(views.contiguous(memory_format=torch.channels_last))
             # A sum over groups of what the original minimises for each, so groups stay independent.
             loss = F.cross_entropy(logits.float(), self.labels) * groups
             loss = loss + params.r_bn * torch.stack(terms).sum()

@@ -69,7 +69,7 @@ def test_defaults_are_those_of_the_guard_tables():
         "CW(threat=None, c=0.0001, steps=50, lr=0.01, kappa=0.0)"
     )
     assert repr(build_attack("square", threat, {})).endswith("queries=5000)")
-    assert repr(build_attack("autoattack", threat, {})).endswith("version='standard')")
+    assert repr(build_attack("autoattack", threat, {})).endswith("version='standard', square=True)")
 
 
 def test_parameters_are_read_by_the_type_of_their_field():

@@ -1,0 +1,65 @@
+"""Sessions for developers and CI: `nox -s tests`, or `nox -l` for all of them."""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests", "leaderboards"]
+
+TEST = ["pytest>=8.2", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+LINT = ["ruff>=0.9,<1"]
+TYPES = ["mypy>=1.14,<3"]
+# One thread a test process: two processes of two threads each would fight for the cores.
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff's rules and format."""
+    session.install(*LINT)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict, over the package."""
+    session.install("-e", ".", *TYPES)
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole suite; tests on real images run where GUARDBENCH_DATA names them."""
+    session.install("-e", ".", *TEST)
+    workers = ["-n", "2"] if (os.cpu_count() or 1) > 1 else []
+    session.run("pytest", *workers, *session.posargs, env=THREADS)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The suite on the lowest direct versions that the package admits; needs uv."""
+    session.run_install(
+        "uv", "pip", "install", "--python", str(Path(session.bin) / "python"),
+        "--resolution", "lowest-direct", "-e", ".", *TEST, external=True,
+    )  # fmt: skip
+    session.run("pytest", *session.posargs, env=THREADS)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """What a newcomer does: install the package, run the first sentence of the README."""
+    session.install(".")
+    folder = session.create_tmp()
+    session.chdir(folder)
+    session.run("guardbench", "run", "--method", "guard", "--dataset", "digits")
+
+
+@nox.session
+def leaderboards(session: nox.Session) -> None:
+    """Rebuild every board from its records and compare with what is committed."""
+    session.install("-e", ".")
+    session.run("guardbench", "leaderboard", "check")
