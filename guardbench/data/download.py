@@ -46,7 +46,9 @@ def download_dataset(info: DatasetInfo, located: Located, cache: Path, progress:
             return folder
         target = folder.with_name(archive.filename)
         try:
-            fetch(archive.url, target, md5=archive.md5, progress=progress)
+            # The catalogue's sizes are rounded; twice that is certainly not the archive.
+            limit = 2 * max(archive.megabytes, 1) * _MEGABYTE
+            fetch(archive.url, target, md5=archive.md5, limit=limit, progress=progress)
         except GuardbenchError as error:
             raise GuardbenchError(
                 f"{info.name} was not found ({located.searched}) and its download failed: {error} "
@@ -58,7 +60,13 @@ def download_dataset(info: DatasetInfo, located: Located, cache: Path, progress:
 
 
 def fetch(
-    url: str, target: Path, *, md5: str, progress: Progress, timeout: float = TIMEOUT_S
+    url: str,
+    target: Path,
+    *,
+    md5: str,
+    limit: int,
+    progress: Progress,
+    timeout: float = TIMEOUT_S,
 ) -> None:
     """Downloads `url` to `target`, by way of `target`.part, which a later call continues.
 
@@ -70,12 +78,13 @@ def fetch(
         url: an http or https address.
         target: the finished file; if it is there with the right digest, nothing is fetched.
         md5: hex digest of the whole file, as the dataset's authors publish it.
+        limit: bytes beyond which it cannot be the file, so that no server fills the disk.
         progress: where the stage is shown.
         timeout: seconds to wait for a connection, and for each read.
 
     Raises:
         GuardbenchError: unreachable, refused, a web page instead of a file, cut off too often, or
-            the wrong digest (the file is then removed).
+            too long or of the wrong digest (what arrived is then removed).
     """
     if not url.startswith(("https://", "http://")):
         raise GuardbenchError(f"{url}: only http and https addresses can be fetched.")
@@ -85,7 +94,7 @@ def fetch(
     with cache_writes(part):
         part.parent.mkdir(parents=True, exist_ok=True)
     stalls, furthest = 0, _size(part)
-    while not _continue(url, part, progress, timeout):
+    while not _continue(url, part, limit, progress, timeout):
         time.sleep(PAUSE_S)
         arrived = _size(part)
         stalls = 0 if arrived > furthest else stalls + 1
@@ -119,7 +128,7 @@ def _md5(path: Path) -> str:
     return md5.hexdigest()
 
 
-def _continue(url: str, part: Path, progress: Progress, timeout: float) -> bool:
+def _continue(url: str, part: Path, limit: int, progress: Progress, timeout: float) -> bool:
     """One request for what `part` still lacks; gives whether the file is now whole."""
     have = _size(part)
     headers = {"User-Agent": "guardbench", "Accept-Encoding": "identity"}
@@ -142,25 +151,26 @@ def _continue(url: str, part: Path, progress: Progress, timeout: float) -> bool:
         raise GuardbenchError(f"{url} cannot be reached ({reason}){kept}.") from error
     with response:
         try:
-            return _receive(response, url, part, have, progress)
+            return _receive(response, url, part, limit, progress)
         except (OSError, http.client.HTTPException):
             return False  # broken off: what arrived is in `part`
 
 
 def _receive(
-    response: http.client.HTTPResponse, url: str, part: Path, have: int, progress: Progress
+    response: http.client.HTTPResponse, url: str, part: Path, limit: int, progress: Progress
 ) -> bool:
     if "text/html" in response.headers.get("Content-Type", ""):
         raise GuardbenchError(f"{url}: the server answered with a web page instead of the file.")
     start = 0
     if response.status == 206:
         span = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-        if span is None or int(span[1]) != have:
+        if span is None or int(span[1]) != _size(part):
             part.unlink(missing_ok=True)
             return False
-        start = have
+        start = _size(part)
     whole = start + response.length if response.length else None
     if whole is not None:
+        _within(limit, whole, url, part)
         require_space(part, whole - start)
     with (
         cache_writes(part),
@@ -173,9 +183,19 @@ def _receive(
         ) as stage,
     ):
         while piece := response.read(_PIECE):
+            _within(limit, stream.tell() + len(piece), url, part)
             stream.write(piece)
             _show(stage, stream.tell())
     return whole is None or _size(part) == whole
+
+
+def _within(limit: int, size: int, url: str, part: Path) -> None:
+    if size > limit:
+        part.unlink(missing_ok=True)
+        raise GuardbenchError(
+            f"{url}: the server sends {size} bytes or more where at most {limit} are expected; "
+            "what arrived was removed."
+        )
 
 
 def _show(stage: Stage, position: int) -> None:

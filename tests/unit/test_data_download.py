@@ -47,6 +47,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.asked: list[str | None] = []
         self.status = 200
         self.shift = 0
+        self.announced = True
 
     @property
     def url(self) -> str:
@@ -76,7 +77,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Type", server.kind)
-        self.send_header("Content-Length", str(size - start))
+        if server.announced:
+            self.send_header("Content-Length", str(size - start))
         self.end_headers()
         body = server.content[start:]
         self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
@@ -102,7 +104,7 @@ def md5(content: bytes) -> str:
 
 
 def get(server: Server, target: Path, *, digest: str = md5(CONTENT)) -> None:
-    fetch(server.url, target, md5=digest, progress=Progress(), timeout=5)
+    fetch(server.url, target, md5=digest, limit=2_000_000, progress=Progress(), timeout=5)
 
 
 def refused(server: Server, target: Path, *, digest: str = md5(CONTENT)) -> str:
@@ -190,6 +192,15 @@ def test_web_page_instead_of_the_file(server: Server, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_more_than_the_file_can_be_is_not_kept(
+    server: Server, tmp_path: Path, announced: bool
+) -> None:
+    server.content, server.announced = CONTENT * 3, announced
+    assert "at most 2000000 are expected" in refused(server, tmp_path / "file.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("status", [403, 404, 503])
 def test_refusal_by_the_server(server: Server, tmp_path: Path, status: int) -> None:
     server.status = status
@@ -203,7 +214,9 @@ def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         port = free.getsockname()[1]
     started = time.monotonic()
     with pytest.raises(GuardbenchError, match=r"cannot be reached.*refused"):
-        fetch(f"http://127.0.0.1:{port}/x", tmp_path / "x", md5="0" * 32, progress=Progress())
+        fetch(
+            f"http://127.0.0.1:{port}/x", tmp_path / "x", md5="0" * 32, limit=9, progress=Progress()
+        )
     assert time.monotonic() - started < 5
 
 
@@ -214,12 +227,12 @@ def test_server_that_says_nothing_is_given_up(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
         with pytest.raises(GuardbenchError, match=r"cannot be reached.*timed out"):
-            fetch(url, tmp_path / "x", md5="0" * 32, progress=Progress(), timeout=0.3)
+            fetch(url, tmp_path / "x", md5="0" * 32, limit=9, progress=Progress(), timeout=0.3)
 
 
 def test_other_kinds_of_address_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GuardbenchError, match="only http"):
-        fetch("file:///etc/passwd", tmp_path / "x", md5="0" * 32, progress=Progress())
+        fetch("file:///etc/passwd", tmp_path / "x", md5="0" * 32, limit=9, progress=Progress())
 
 
 def tar_of(entries: dict[str, bytes]) -> bytes:
@@ -347,7 +360,7 @@ def test_killed_download_is_resumed_by_another_process(server: Server, tmp_path:
     code = (
         "import sys; from pathlib import Path; from guardbench.data.download import fetch;"
         "from guardbench.progress import Progress;"
-        "fetch(sys.argv[1], Path(sys.argv[2]), md5='0'*32, progress=Progress(), timeout=60)"
+        "fetch(sys.argv[1], Path(sys.argv[2]), md5='0'*32, limit=10**7, progress=Progress(), timeout=60)"
     )
     # Headers promise more than comes, and the connection stays open: the client hangs in a read.
     with socket.create_server(("127.0.0.1", 0)) as slow:

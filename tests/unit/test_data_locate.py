@@ -86,6 +86,8 @@ def test_folder_of_another_dataset_is_not_taken(tmp_path: Path) -> None:
     there = folders(tmp_path / "imagenette")
     assert locate("cifar10", there).kind == "download"
     assert "split folders" in one_line("cifar10", folders(tmp_path / "my-images"))
+    (tmp_path / "pets" / "train" / "cat").mkdir(parents=True)
+    assert "split folders" in one_line("tiny-imagenet", tmp_path / "pets")
 
 
 def test_official_cifar_files(tmp_path: Path) -> None:

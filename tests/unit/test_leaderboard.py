@@ -152,8 +152,8 @@ def test_ranking_is_by_the_protocols_column_then_clean():
 
 
 def test_equal_values_share_a_rank_and_stand_by_name():
-    files = [stored(record(n, pgd=p)) for n, p in (("d", 1), ("b", 2), ("c", 2), ("a", 1))]
-    files.append(stored(record("e", aa=9)))
+    files = [stored(record(n, pgd=p)) for n, p in (("d", 1), ("b", 2), ("c", 2))]
+    files += [stored(record("e", aa=9)), stored(record("a"), "submissions/a/results/x.json")]
     board = build_leaderboard(files, TOY, 10)
     assert ranks(board) == [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 5)]
 
@@ -231,17 +231,14 @@ def test_a_record_of_another_measurement_is_refused_by_name(changes, protocol, s
 
 
 def test_fewer_clean_images_than_the_protocols_are_refused():
+    protocol = replace(TOY, attacks=TOY.attacks[2:])
     words = GUARD.model_dump()
+    for run in words["seeds"]:
+        run["attacks"] = {"autoattack": run["attacks"]["autoattack"]}
+    build_leaderboard([stored(ResultRecord(**words))], protocol, 10)
     words["seeds"][1]["clean"] = Outcome.from_flags([True] * 59).model_dump()
-    for attack in ("pgd-100", "cw"):
-        words["seeds"][1]["attacks"][attack] = Outcome.from_flags(
-            [True] * 59, bounded=attack != "cw"
-        ).model_dump()
-    words["seeds"][1]["attacks"]["autoattack"] = Outcome.from_flags(
-        [True] * 20, first=20
-    ).model_dump()
-    with pytest.raises(GuardbenchError, match="of seed 1 measures 59 images from 0"):
-        build_leaderboard([stored(ResultRecord(**words))], TOY, 10)
+    with pytest.raises(GuardbenchError, match="clean of seed 1 measures 59 images from 0"):
+        build_leaderboard([stored(ResultRecord(**words))], protocol, 10)
 
 
 def test_ranking_by_a_worst_case_that_is_not_there_is_refused():
@@ -463,6 +460,7 @@ def test_a_hostile_board_cannot_write_on_the_terminal(checkout):
     path.write_bytes(b"\x1b[2J\xff\r" + path.read_bytes())
     result = call("check", "--root", checkout)
     assert result.exit_code == 1
+    assert r"-\x1b[2J\xff\r{" in result.output
     assert all(line.isprintable() for line in result.output.split("\n"))
     path.write_bytes(b"\n" * 10_000)
     lines = differences(checkout, rebuild(checkout), limit=50)
@@ -478,6 +476,8 @@ def test_missing_and_extra_boards_are_told_and_mended(checkout):
     extra.write_text("{}", encoding="utf-8")
     ours = checkout / "leaderboards/toy/README.md"
     ours.write_text("kept", encoding="utf-8")
+    other = ours.with_name("notes.json")
+    other.write_text("{}", encoding="utf-8")
     output = call("check", "--root", checkout).output
     assert "missing: leaderboards/toy/ipc1.json\n" in output
     assert "extra: leaderboards/gone/ipc50.json: no record supports it\n" in output
@@ -486,6 +486,7 @@ def test_missing_and_extra_boards_are_told_and_mended(checkout):
     assert "wrote leaderboards/toy/ipc1.json\n" in built
     assert not extra.parent.exists()
     assert ours.exists()
+    assert other.exists()
     assert call("check", "--root", checkout).exit_code == 0
 
 
