@@ -371,10 +371,8 @@ def bn_discrepancy(model: nn.Module, groups: int, first: float) -> Iterator[list
         assert isinstance(layer, nn.BatchNorm2d)
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        x = inputs[0].float()
-        # [groups, size, C, H * W]: moments over size, H and W.
-        x = x.reshape(groups, -1, x.shape[1], x.shape[2] * x.shape[3])
-        var, mean = torch.var_mean(x, dim=(1, 3), unbiased=False)
+        x = inputs[0].float().unflatten(0, (groups, -1))
+        var, mean = torch.var_mean(x, dim=(1, 3, 4), correction=0)
         term = (mean - layer.running_mean).norm(dim=1) + (var - layer.running_var).norm(dim=1)
         terms.append(term.sum() * (first if not terms else 1.0))
 

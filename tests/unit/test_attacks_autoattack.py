@@ -188,6 +188,28 @@ def test_under_four_classes_is_one_clear_line():
         AutoAttack(threat=LINF, version="fast")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("threat", "classes", "apgd", "fab"),
+    [(LINF, 4, 3, 3), (LINF, 10, 9, 9), (L2, 12, 9, 9), (L1, 12, 5, 9), (L1, 5, 4, 4)],
+    ids=str,
+)
+def test_targets_are_the_official_number_or_all_other_classes(
+    threat, classes, apgd, fab, monkeypatch
+):
+    asked: list[tuple[int, int, int]] = []
+
+    def listen(self, x, y, *, batch_size):
+        targets = self.apgd_targeted.n_target_classes, self.fab.n_target_classes
+        asked.append((*targets, self.square.n_queries))
+        assert batch_size == len(x)
+        return x, y
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", listen)
+    model = network(classes)
+    AutoAttack(threat=threat).perturb(model, *images(model, 3, size=8), seed=0)
+    assert asked == [(apgd, fab, 5000)]
+
+
 @pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])
 def test_square_can_be_left_out(version, monkeypatch):

@@ -175,14 +175,20 @@ def test_scorings_that_differ_are_broken_within_noise_and_an_error_beyond():
         run_verified(attack, Batchwise(0.15).eval(), x, y, seed=0)
 
     class Offset(nn.Module):  # large logits, a margin of 1e-5 of them
+        def __init__(self, whole: int) -> None:
+            super().__init__()
+            self.whole = whole
+
         def forward(self, x: Tensor) -> Tensor:
             first = torch.full((len(x),), 100.0)
-            margin = torch.where(x[:, 0, 0, 0] < 0.6, 1e-3 if len(x) == 8 else -1e-3, 5.0)
+            sign = self.whole if len(x) == 8 else -self.whole
+            margin = torch.where(x[:, 0, 0, 0] < 0.6, 1e-3 * sign, 5.0)
             return torch.stack([first, first + margin], 1)
 
-    outcome = run_verified(attack, Offset().eval(), x, y, seed=0)
-    assert outcome.clean.all()
-    assert outcome.robust.tolist() == [True, True, True, False, True, True, True, True]
+    clean = torch.ones(8, dtype=torch.bool)
+    for whole in (1, -1):  # whichever of the two scorings it is that breaks the image
+        outcome = run_verified(attack, Offset(whole).eval(), x, y, seed=0, clean=clean)
+        assert outcome.robust.tolist() == [True, True, True, False, True, True, True, True]
 
 
 def test_models_in_train_mode_are_refused_and_named():

@@ -1,0 +1,136 @@
+"""Protocols: what counts as the same measurement, which images, and how a wrong file is told."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guardbench.errors import GuardbenchError
+from guardbench.protocol import list_digest, load_protocol, parse_fraction, protocol_ids
+
+# A published protocol never changes. A digest that moves means that old numbers no longer compare.
+PUBLISHED: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("name", protocol_ids())
+def test_a_published_protocol_has_its_digest(name: str) -> None:
+    assert load_protocol(name).digest == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", protocol_ids())
+def test_every_protocol_measures_what_the_paper_does(name: str) -> None:
+    protocol = load_protocol(name)
+    kinds = {attack.kind for attack in protocol.attacks}
+    assert kinds == {"pgd", "fgsm", "mim", "cw", "square", "autoattack"}
+    assert protocol.ipc == (1, 10, 50, 100)
+    assert len(protocol.student.seeds) >= 3
+    params = {attack.kind: attack.params for attack in protocol.attacks}
+    eps = protocol.threat.model.eps
+    assert params["pgd"]["steps"] == 100
+    assert parse_fraction(str(params["pgd"]["step"])) == eps / 4
+    assert params["mim"] == {"steps": 20, "step": protocol.threat.eps, "decay": 1.0}
+    assert params["cw"] == {"c": 1e-4, "steps": 50, "lr": 0.01, "kappa": 0}
+    assert params["square"]["queries"] == 5000
+    assert params["autoattack"] == {"version": "standard"}
+
+
+def test_imagenette_64_is_imagenette_at_another_resolution() -> None:
+    small, large = load_protocol("imagenette-64"), load_protocol("imagenette")
+    assert small.student == large.student
+    assert small.threat == large.threat
+    assert [a.params for a in small.attacks] == [a.params for a in large.attacks]
+
+
+def test_title_and_succession_are_not_part_of_what_is_measured() -> None:
+    protocol = load_protocol("digits")
+    renamed = protocol.model_copy(update={"title": "other", "superseded_by": "digits-2"})
+    harder = protocol.model_copy(update={"rank_by": "pgd100"})
+    renamed.__dict__.pop("digest", None)
+    harder.__dict__.pop("digest", None)
+    assert renamed.digest == protocol.digest
+    assert harder.digest != protocol.digest
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_test_list_does_not_depend_on_the_order_of_files(rng: random.Random) -> None:
+    protocol = load_protocol("digits").model_copy(update={})
+    update = {"test": protocol.test.model_copy(update={"sha256": None, "count": 50})}
+    protocol = protocol.model_copy(update=update)
+    ids = [f"{k % 10}/{k:05d}" for k in range(200)]
+    shuffled = ids[:]
+    rng.shuffle(shuffled)
+    chosen = [ids[i] for i in protocol.test_indices(ids)]
+    assert chosen == [shuffled[i] for i in protocol.test_indices(shuffled)]
+    assert len(set(chosen)) == 50
+
+
+def test_slices_of_seeds_are_disjoint_and_inside_the_list() -> None:
+    protocol = load_protocol("imagenette-64")
+    attack = next(a for a in protocol.attacks if a.name == "autoattack")
+    seen: set[int] = set()
+    for position in range(len(protocol.student.seeds)):
+        first, count = protocol.slice_of(attack, position)
+        images = set(range(first, first + count))
+        assert count == 100
+        assert not seen & images
+        seen |= images
+    assert max(seen) < protocol.test.count
+
+
+def test_other_images_than_the_protocols_are_refused() -> None:
+    protocol = load_protocol("digits")
+    with pytest.raises(GuardbenchError, match="validation images"):
+        protocol.test_indices([f"{k % 10}/x{k}" for k in range(445)])
+    with pytest.raises(GuardbenchError, match="complete validation set"):
+        protocol.test_indices(["0/1"])
+
+
+def test_a_list_digest_tells_order_and_boundaries_apart() -> None:
+    assert list_digest(["ab", "c"]) != list_digest(["a", "bc"])
+    assert list_digest(["a", "b"]) != list_digest(["b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('norm = "linf"', 'norm = "linfty"', "threat.norm"),
+        ('eps = "16/255"', "eps = 0.06", "threat.eps"),
+        ("epochs = 300", "epochs = 0", "student.epochs"),
+        ("epochs = 300", "epochs = 300\nepoch = 3", "student.epoch"),
+        ('rank_by = "autoattack"', 'rank_by = "aa"', "rank_by"),
+        ("seeds = [0, 1, 2]", "seeds = [0, 1, 1]", "seed stands twice"),
+        ("images_per_seed = 100", "images_per_seed = 101", "disjoint slices"),
+        ('name = "mim"', 'name = "cw"', "same name"),
+        ('id = "digits"', 'id = "digit"', "not the file's name"),
+        ('id = "digits"', "id = ", "not valid TOML"),
+    ],
+)
+def test_a_wrong_file_is_told_with_its_field(tmp_path, old: str, new: str, said: str) -> None:
+    from guardbench.protocol import _folder
+
+    text = (_folder() / "digits.toml").read_text()
+    assert old in text
+    path = tmp_path / "digits.toml"
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(GuardbenchError, match=said) as caught:
+        load_protocol(str(path))
+    assert "digits.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_protocol_names_the_nearest() -> None:
+    with pytest.raises(GuardbenchError, match="Did you mean imagenette-64"):
+        load_protocol("imagenette64")
+    with pytest.raises(GuardbenchError, match="cannot read protocol"):
+        load_protocol("nowhere/mine.toml")
+
+
+@pytest.mark.parametrize(("text", "value"), [("1/255", 1 / 255), ("0.25/255", 0.25 / 255), ("2", 2)])
+def test_fractions(text: str, value: float) -> None:
+    assert float(parse_fraction(text)) == value
+
+
+def test_a_wrong_ipc_lists_the_standard_ones() -> None:
+    with pytest.raises(GuardbenchError, match="1, 10, 50, 100"):
+        load_protocol("digits").check_ipc(7)

@@ -1,0 +1,110 @@
+"""The house: imports point from the later rooms to the earlier ones, and each package has one door."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import guardbench
+
+ROOT = Path(guardbench.__file__).parent
+
+# Rooms in order; a module may import only from rooms at or before its own.
+ROOMS = [
+    ["errors", "canonical", "threat"],
+    ["store", "progress"],
+    ["protocol", "methods", "migrations", "records", "metrics", "registry"],
+    ["leaderboard", "report"],
+    ["runtime"],
+    ["data"],
+    ["models"],
+    ["distilled", "curvature"],
+    ["distillers"],
+    ["views"],
+    ["training"],
+    ["attacks"],
+    ["evaluation"],
+    ["pipeline"],
+    ["cli", "__main__"],
+]
+LIGHT = 4  # rooms before this one never import torch
+ONLY_DOORS = {
+    "pyautoattack": "attacks/autoattack.py",
+    "robustbench": "attacks/robustbench.py",
+    "matplotlib": "distilled.py",
+    "sklearn": "data/source.py",
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(name: str) -> int:
+    for number, room in enumerate(ROOMS):
+        if name in room:
+            return number
+    raise AssertionError(f"guardbench.{name} has no room; give it one here and in the design")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, inside functions too, but not those for type checkers."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            skipped |= {inner for part in node.body for inner in ast.walk(part)}
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if node.module == "guardbench" else {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_never_point_up(path: Path) -> None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    own = room_of(parts[0])
+    for name in imports(path):
+        head, *rest = name.split(".")
+        if head == "guardbench" and rest and not rest[0].startswith("__version"):
+            assert room_of(rest[0]) <= own, f"{path.name} reaches up to {name}"
+        if head in ("torch", "torchvision", "accelerate"):
+            assert own >= LIGHT, f"{path.name} imports {head}"
+        if head in ONLY_DOORS:
+            assert str(path.relative_to(ROOT).as_posix()) == ONLY_DOORS[head]
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom guardbench.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'pydantic', 'numpy', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("verb", ["run", "show", "leaderboard", "leaderboard build", "leaderboard check"])
+def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
+    from typer.testing import CliRunner
+
+    from guardbench.cli import app
+
+    result = CliRunner().invoke(app, [*verb.split(), "--help"])
+    assert result.exit_code == 0
+    assert f"guardbench {verb.split()[0]}" in result.output.partition("Example")[2]
+
+
+def test_nothing_but_the_package_is_named_in_it() -> None:
+    """No machine's paths in what travels."""
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert "/work/" not in text, path
+        assert "/opt/venv" not in text, path
