@@ -37,7 +37,7 @@ from guardbench.protocol import Protocol, load_protocol, protocol_ids, unknown
 from guardbench.records import Method, Provenance, ResultRecord, save_record
 from guardbench.registry import DISTILLERS, resolve
 from guardbench.runtime import Run, device_name, make_accelerator, stage_cost
-from guardbench.store import explained
+from guardbench.store import explained, read_text, write_text
 
 PACKAGES = ("torch", "torchvision", "accelerate", "pyautoattack", "numpy", "pillow", "scikit-learn")
 
@@ -98,10 +98,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run leaves: the record, and the paths that it prints."""
+    """What a run leaves: the record, the paths that it prints, and what it could not rank.
+
+    `warnings` names older records of the workspace that fit no protocol any more.
+    """
 
     record: ResultRecord
     paths: dict[str, Path]
+    warnings: tuple[str, ...]
 
 
 def choose_protocol(dataset: str | None, protocol: str | None) -> Protocol:
@@ -121,6 +125,11 @@ def choose_protocol(dataset: str | None, protocol: str | None) -> Protocol:
             )
         return load_protocol(info.name)
     chosen = load_protocol(protocol)
+    if chosen.id in protocol_ids() and load_protocol(chosen.id).digest != chosen.digest:
+        raise GuardbenchError(
+            f"{protocol}: id: {chosen.id!r} is a published protocol, which never changes; "
+            "give yours another id and file name."
+        )
     if dataset is not None and dataset_info(dataset).name != chosen.dataset:
         raise GuardbenchError(
             f"--dataset {dataset}: protocol {chosen.id} measures {chosen.dataset}; drop one of the two."
@@ -196,6 +205,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
 def execute(plan: Plan) -> Finished:
     """Runs what is not done yet, writes the record and rebuilds the boards."""
     settings, protocol, run = plan.settings, plan.protocol, plan.task.run
+    warnings: list[str] = []
     with explained(settings.output):
         train, test = (_load(plan, split) for split in ("train", "val"))
         if not plan.decoded:  # the stages' keys hold the images' digests, known only now
@@ -221,7 +231,10 @@ def execute(plan: Plan) -> Finished:
             provenance=_provenance(run),
         )
         save_record(plan.record_path, record)
-        build_workspace_boards(settings.output)
+        _keep_protocol(settings)
+        build_workspace_boards(
+            settings.output, load=partial(_known_protocol, settings.output), warn=warnings.append
+        )
         board = settings.output / "leaderboards" / protocol.id / f"ipc{settings.ipc}.json"
         folder = plan.distilling[-1].folder.path / "distilled"
         paths = {
@@ -232,7 +245,7 @@ def execute(plan: Plan) -> Finished:
         }
         if plan.checkout is not None:
             paths |= _publish(plan, plan.checkout, record)
-    return Finished(record, paths)
+    return Finished(record, paths, tuple(warnings))
 
 
 def expected_seconds(plan: Plan) -> float:
@@ -326,6 +339,21 @@ def _checkout() -> Path:
         if (folder / "baselines").is_dir() and (folder / "pyproject.toml").is_file():
             return folder
     raise GuardbenchError("--publish: no checkout of guardbench here; run it inside one.")
+
+
+def _keep_protocol(settings: Settings) -> None:
+    """Keeps a copy of a user's own protocol, so that the workspace's boards can be rebuilt."""
+    if settings.protocol is not None and settings.protocol.endswith(".toml"):
+        source = Path(settings.protocol)
+        write_text(
+            settings.output / "protocols" / source.name, read_text(source, what="protocol")
+        )
+
+
+def _known_protocol(workspace: Path, name: str) -> Protocol:
+    """A published protocol, or one of the workspace's own."""
+    own = workspace / "protocols" / f"{name}.toml"
+    return load_protocol(str(own) if name not in protocol_ids() and own.is_file() else name)
 
 
 def _publish(plan: Plan, checkout: Path, record: ResultRecord) -> dict[str, Path]:

@@ -96,9 +96,13 @@ def run(
         return
     console.print()
     finished = execute(plan)
+    from rich.markup import escape
+
     from guardbench.leaderboard import threat_text
     from guardbench.report import print_record
 
+    for warning in finished.warnings:
+        console.print(f"[yellow]not ranked:[/yellow] {escape(warning)}", highlight=False)
     console.print()
     print_record(console, finished.record, threat=threat_text(plan.protocol), paths=finished.paths)
 

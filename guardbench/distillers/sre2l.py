@@ -371,8 +371,10 @@ def bn_discrepancy(model: nn.Module, groups: int, first: float) -> Iterator[list
         assert isinstance(layer, nn.BatchNorm2d)
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        x = inputs[0].float().unflatten(0, (groups, -1))
-        var, mean = torch.var_mean(x, dim=(1, 3, 4), correction=0)
+        # Channels last, so this is a view; two plain sums are four times faster than var_mean.
+        x = inputs[0].permute(0, 2, 3, 1).reshape(groups, -1, layer.num_features).float()
+        mean = x.mean(1)
+        var = x.square().mean(1) - mean.square()
         term = (mean - layer.running_mean).norm(dim=1) + (var - layer.running_var).norm(dim=1)
         terms.append(term.sum() * (first if not terms else 1.0))
 

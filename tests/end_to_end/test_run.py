@@ -1,0 +1,260 @@
+"""`guardbench run` as a user types it: plan, table, files, resume after a kill, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from guardbench.protocol import _folder
+from guardbench.records import load_record
+
+
+def guardbench(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "guardbench", *words],
+        cwd=cwd,
+        env=clean_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def clean_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("GUARDBENCH_")} | {
+        "COLUMNS": "100"
+    }
+
+
+def quick_protocol(folder: Path) -> Path:
+    """The digits protocol with one short column of each kind: the same stages in seconds."""
+    text = (_folder() / "digits.toml").read_text()
+    for old, new in {
+        'id = "digits"': 'id = "quick"',
+        "seeds = [0, 1, 2]": "seeds = [0, 1]",
+        "epochs = 300": "epochs = 60",
+        "count = 300": "count = 100",
+        "images_per_seed = 100": "images_per_seed = 20",
+        "queries = 5000": "queries = 40",
+        "steps = 100": "steps = 10",
+        'rank_by = "autoattack"': 'rank_by = "pgd100"',
+        'sha256 = "': '# sha256 = "',
+    }.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    # AutoAttack's budget is fixed; it has a test of its own, and the demo runs it whole.
+    head, _, _ = text.partition('[[attacks]]\nname = "autoattack"')
+    path = folder / "quick.toml"
+    path.write_text(head)
+    return path
+
+
+def quick(folder: Path, *more: str) -> list[str]:
+    protocol = quick_protocol(folder)
+    return ["run", "--method", "guard", "--protocol", str(protocol), "--ipc", "1", *more]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("ran")
+    return folder, guardbench(*quick(folder), cwd=folder)
+
+
+def the_record(folder: Path) -> Path:
+    (path,) = folder.glob("guardbench-runs/records/quick/ipc1/*.json")
+    return path
+
+
+def test_a_run_prints_its_plan_its_stages_its_table_and_its_files(ran) -> None:
+    folder, result = ran
+    assert result.returncode == 0, result.stderr
+    plan, _, rest = result.stdout.partition("expected")
+    for word in ("digits at 8 px", "IPC", "quick", "squeeze", "recover", "relabel", "student",
+                 "pgd100", "precision", "fp32", "guardbench-runs", "to do"):  # fmt: skip
+        assert word in plan, word
+    for word in ("squeeze: ", "recover: ", "relabel: ", "student 1: ", "mim 1: ", "95%", "worst"):
+        assert word in rest, word
+    paths = [Path(line.split()[-1]) for line in result.stdout.splitlines()[-5:] if "/" in line]
+    assert len(paths) == 4
+    for path in paths:
+        assert (folder / path).is_file(), path
+
+
+def test_the_record_says_what_was_measured(ran) -> None:
+    record = load_record(the_record(ran[0]))
+    assert record.method.name == "guard"
+    assert record.method.regulariser == "curvature"
+    assert [run.seed for run in record.seeds] == [0, 1]
+    assert record.test.total == 100
+    assert {c.stage.split()[0] for c in record.cost} == {
+        "squeeze", "recover", "relabel", "student", "clean",
+        "pgd100", "fgsm", "mim", "cw", "square",
+    }  # fmt: skip
+    for run in record.seeds:
+        assert run.attacks["square"].first == 20 * run.seed
+        assert run.attacks["pgd100"].max_distance <= 16 / 255 + 1e-6
+        assert not run.attacks["cw"].bounded
+
+
+def test_the_picture_has_one_row_a_class(ran) -> None:
+    from PIL import Image
+
+    (picture,) = ran[0].glob("guardbench-runs/distilled/*/distilled/preview.png")
+    with Image.open(picture) as image:
+        width, height = image.size
+    assert height > 4 * width / 2.6
+
+
+def test_the_board_ranks_the_run(ran) -> None:
+    board = json.loads((ran[0] / "guardbench-runs/leaderboards/quick/ipc1.json").read_text())
+    assert "guard" in json.dumps(board)
+
+
+def test_a_second_run_does_nothing_again_and_gives_the_same(ran) -> None:
+    folder, _ = ran
+    before = the_record(folder).read_bytes()
+    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("stage.json")}
+    result = guardbench(*quick(folder), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "nothing is left to do" in result.stdout
+    assert stamps == {p: p.stat().st_mtime_ns for p in folder.rglob("stage.json")}
+    record = load_record(the_record(folder))
+    assert all(cost.shared for cost in record.cost)
+    old = json.loads(before)
+    assert json.loads(the_record(folder).read_bytes())["seeds"] == old["seeds"]
+
+
+def test_show_prints_the_table_again(ran) -> None:
+    folder, result = ran
+    shown = guardbench("show", str(the_record(folder)), cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    table = [line for line in result.stdout.splitlines() if line.startswith("pgd100")]
+    assert table
+    assert table[0] in shown.stdout
+
+
+def test_dry_run_stops_after_the_plan_and_writes_nothing(tmp_path) -> None:
+    result = guardbench(*quick(tmp_path, "--dry-run"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "expected" in result.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["quick.toml"]
+
+
+@pytest.mark.parametrize("moment", [0.5, 2.0, 4.0])
+def test_a_killed_run_ends_with_the_result_of_an_unbroken_one(ran, tmp_path, moment) -> None:
+    command = [sys.executable, "-m", "guardbench", *quick(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "expected" in line:
+            break
+    time.sleep(moment)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    again = guardbench(*quick(tmp_path), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    whole, resumed = load_record(the_record(ran[0])), load_record(the_record(tmp_path))
+    assert resumed.result_sha256 == whole.result_sha256
+
+
+def test_an_interrupt_exits_with_130_and_one_line(tmp_path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "guardbench", *quick(tmp_path)],
+        cwd=tmp_path, env=clean_environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "expected" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "run the same command again" in errors
+
+
+BAD = {
+    "method": (["--method", "gaurd", "--dataset", "digits"], "Did you mean guard"),
+    "dataset": (["--method", "guard", "--dataset", "digit"], "did you mean 'digits'"),
+    "protocol": (["--method", "guard", "--protocol", "cifar10_8"], "Did you mean cifar10-8"),
+    "nothing": (["--method", "guard"], "--dataset digits"),
+    "both": (["--method", "guard", "--dataset", "digits", "--protocol", "cifar10"], "drop one"),
+    "ipc": (["--method", "guard", "--dataset", "digits", "--ipc", "7"], "1, 10, 50, 100"),
+    "no protocol": (["--method", "guard", "--dataset", "cifar100"], "no protocol measures"),
+    "folder": (
+        ["--method", "guard", "--dataset", "imagenette", "--data-dir", "nowhere"], "nowhere",
+    ),
+    "device": (["--method", "guard", "--dataset", "digits", "--device", "cuda:9"], "cuda:9"),
+    "precision": (["--method", "guard", "--dataset", "digits", "--precision", "fp8"], "fp8"),
+    "output": (["--method", "guard", "--dataset", "digits", "--output", "file/x"], "file"),
+    "checkout": (["--method", "guard", "--dataset", "digits", "--publish"], "no checkout"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_2(tmp_path, name: str) -> None:
+    words, said = BAD[name]
+    (tmp_path / "file").write_text("")
+    result = guardbench("run", *words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("damage", ["checkpoint", "stage", "weights"])
+def test_a_damaged_workspace_is_told_and_not_believed(ran, tmp_path, damage: str) -> None:
+    import shutil
+
+    shutil.copytree(ran[0], tmp_path / "copy")
+    folder = tmp_path / "copy"
+    (teacher,) = folder.glob("guardbench-runs/teachers/*")
+    if damage == "stage":
+        (teacher / "stage.json").write_text("{")
+    if damage == "weights":
+        (teacher / "teacher.safetensors").write_bytes(b"x")
+    if damage == "checkpoint":
+        (teacher / "stage.json").unlink()
+        (teacher / "checkpoint.pt").write_bytes(b"x")
+    result = guardbench(*quick(folder), cwd=folder)
+    assert result.returncode == 2
+    assert "delete" in result.stderr
+    assert str(teacher.name) in result.stderr
+
+
+def test_a_full_disk_is_one_line(tmp_path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom unittest import mock\n"
+        "import guardbench.store as store\n"
+        "real = Path.write_bytes\n"
+        "def full(self, data):\n"
+        "    open('/dev/full', 'wb', buffering=0).write(data[:1])\n"
+        "with mock.patch.object(Path, 'write_bytes', full):\n"
+        "    sys.argv = ['guardbench', *sys.argv[1:]]\n"
+        "    from guardbench.cli import main\n"
+        "    main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *quick(tmp_path)],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "the disk is full" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.part"))

@@ -1,0 +1,181 @@
+"""Squeeze and recover: the BN term against a plain reference, and all images at once against one by one."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from guardbench.data.dataset import load_split
+from guardbench.distilled import load_distilled
+from guardbench.distillers.base import Task
+from guardbench.distillers.sre2l import (
+    Recover,
+    SRe2L,
+    _chunks,
+    _groups,
+    _recover_folder,
+    bn_discrepancy,
+    squeeze,
+)
+from guardbench.errors import GuardbenchError
+from guardbench.methods import load_method
+from guardbench.models import batch_norms, build_model
+from guardbench.progress import Progress
+from guardbench.runtime import Run
+
+
+def make_task(tmp_path, *, ipc: int = 2, squeeze: dict | None = None, **recover: object) -> Task:
+    method = load_method("guard")
+    recipe = method.recipe("digits", 8)
+    params = {stage: dict(words) for stage, words in recipe.params.items()}
+    params["squeeze"] |= {"epochs": 2, **(squeeze or {})}
+    params["recover"] |= {"iterations": 6, **recover}
+    train = load_digits()
+    return Task(
+        run=Run(
+            accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress()
+        ),
+        method=method,
+        recipe=recipe.model_copy(update={"params": params}),
+        dataset="digits",
+        resolution=8,
+        channels=1,
+        classes=train.classes,
+        train_images=len(train),
+        train_digest=train.digest,
+        ipc=ipc,
+    )
+
+
+def load_digits():
+    return load_split(
+        "digits", "train", resolution=8, data_dir=None, cache_dir=None, progress=Progress()
+    )
+
+
+def trained_teacher():
+    model = build_model("convnet-d3-bn-small", channels=1, classes=10, resolution=8, seed=3)
+    model.train()
+    for _ in range(5):
+        model(torch.rand(32, 1, 8, 8))
+    return model.eval().requires_grad_(False)
+
+
+def test_the_bn_term_against_a_plain_reference() -> None:
+    model = trained_teacher()
+    x = torch.rand(6, 1, 8, 8)
+    with bn_discrepancy(model, 2, 10.0) as terms:
+        model(x)
+    seen: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0].double()))
+        for layer in batch_norms(model)
+    ]
+    wanted = [0.0] * len(handles)
+    for group in (x[:3], x[3:]):
+        seen.clear()
+        model(group)
+        for k, (layer, features) in enumerate(zip(batch_norms(model), seen, strict=True)):
+            columns = features.transpose(0, 1).flatten(1)
+            mean = (columns.mean(1) - layer.running_mean).norm()
+            var = (columns.var(1, unbiased=False) - layer.running_var).norm()
+            wanted[k] += float(mean + var) * (10.0 if k == 0 else 1.0)
+    for handle in handles:
+        handle.remove()
+    assert [t.item() for t in terms] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    model = trained_teacher()
+    with bn_discrepancy(model, 1, 1.0) as terms:
+        model(torch.rand(2, 1, 8, 8))
+    model(torch.rand(2, 1, 8, 8))
+    assert len(terms) == len(batch_norms(model))
+
+
+def test_all_groups_at_once_give_what_one_after_another_gives(tmp_path) -> None:
+    together = SRe2L().distill(make_task(tmp_path / "a", images_a_batch=100), load_digits())
+    alone = SRe2L().distill(make_task(tmp_path / "b", images_a_batch=10), load_digits())
+    torch.testing.assert_close(together.images, alone.images, rtol=0, atol=2e-3)
+    assert torch.equal(together.hard, alone.hard)
+
+
+def test_a_smaller_ipc_is_a_part_of_a_larger_one(tmp_path) -> None:
+    """Every IPC of a teacher starts from the same noise, group by group."""
+    one = SRe2L().distill(make_task(tmp_path, ipc=1, images_a_batch=10), load_digits())
+    two = SRe2L().distill(make_task(tmp_path, ipc=2, images_a_batch=10), load_digits())
+    torch.testing.assert_close(two.images[::2], one.images, rtol=0, atol=2e-3)
+
+
+def test_group_all_shares_statistics_and_so_differs(tmp_path) -> None:
+    classes = SRe2L().distill(make_task(tmp_path, group="classes"), load_digits())
+    everything = SRe2L().distill(make_task(tmp_path, group="all"), load_digits())
+    assert (classes.images - everything.images).abs().max() > 0.01
+
+
+def test_one_batch_holds_one_image_of_every_class() -> None:
+    params = Recover(iterations=1, lr=1, r_bn=1, jitter=0)
+    groups = _groups(250, 2, params)
+    assert [len(g.labels) for g in groups] == [100, 100, 50, 100, 100, 50]
+    assert sorted(k for g in groups[:3] for k in g.labels) == list(range(250))
+    for chunk in _chunks(groups, 200):
+        assert len({len(g.labels) for g in chunk}) == 1
+        assert sum(len(g.labels) for g in chunk) <= 200
+
+
+def test_an_artifact_comes_back_and_a_changed_file_does_not(tmp_path) -> None:
+    task = make_task(tmp_path)
+    made = SRe2L().distill(task, load_digits())
+    folder = _recover_folder(task).path / "distilled"
+    again = load_distilled(folder)
+    assert torch.equal(again.images, made.images)
+    assert again.manifest == made.manifest
+    assert 0 <= made.images.min()
+    assert made.images.max() <= 1
+    x = torch.rand(3, 1, 8, 8)
+    assert again.teacher is not None
+    assert made.teacher is not None
+    torch.testing.assert_close(again.teacher(x), made.teacher(x))
+    path = folder / "images.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(GuardbenchError, match="changed since its manifest"):
+        load_distilled(folder)
+
+
+def test_the_regulariser_changes_the_teacher_and_not_the_key_of_anything_else(tmp_path) -> None:
+    task = make_task(tmp_path)
+    plain = Task(
+        **{
+            **{f: getattr(task, f) for f in task.__dataclass_fields__},
+            "recipe": task.recipe.model_copy(update={"regulariser": {"kind": "none"}}),
+        }
+    )
+    keys = [[s.folder.key for s in SRe2L().plan(t)] for t in (task, plain)]
+    assert keys[0][0] != keys[1][0]
+    a, b = (squeeze(t, load_digits()) for t in (task, plain))
+    assert any(
+        not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)
+    )
+
+
+def test_a_teacher_is_shared_by_every_ipc(tmp_path) -> None:
+    keys = {SRe2L().plan(make_task(tmp_path, ipc=ipc))[0].folder.key for ipc in (1, 10, 50)}
+    assert len(keys) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(tmp_path) -> None:
+    task = make_task(tmp_path, squeeze={"lr": 1e30})
+    with pytest.raises(GuardbenchError, match=r"squeeze, epoch 1, step \d+.*lower squeeze.lr"):
+        squeeze(task, load_digits())
+    assert not list(tmp_path.rglob("stage.json"))
+
+
+def test_a_teacher_without_bn_is_refused(tmp_path) -> None:
+    with pytest.raises(GuardbenchError, match="BN statistics"):
+        squeeze(make_task(tmp_path, squeeze={"arch": "convnet-d3"}), load_digits())
+
+
+def test_a_wrong_recipe_names_its_field(tmp_path) -> None:
+    with pytest.raises(GuardbenchError, match=r"method.toml.*digits@8.*recover.lr"):
+        SRe2L().plan(make_task(tmp_path, lr=-1))

@@ -1,0 +1,161 @@
+"""Views and students: the teacher labels exactly what the student sees."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from guardbench.distilled import save_distilled
+from guardbench.errors import GuardbenchError
+from guardbench.models import build_model
+from guardbench.progress import Progress
+from guardbench.protocol import load_protocol
+from guardbench.runtime import Run
+from guardbench.training import LABELS, plan_relabel, plan_student, relabel, train_student
+from guardbench.views import epoch_views
+
+CLASSES = tuple(str(k) for k in range(10))
+
+
+def make_run(tmp_path) -> Run:
+    return Run(
+        accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress()
+    )
+
+
+def make_student(**update: object):
+    return load_protocol("digits").student.model_copy(update={"epochs": 3, **update})
+
+
+def make_set(tmp_path, kind: str, *, ipc: int = 2, images: torch.Tensor | None = None):
+    hard = torch.arange(10).repeat_interleave(ipc)
+    torch.manual_seed(1)
+    teacher = build_model("convnet-d3-bn-small", channels=1, classes=10, resolution=8, seed=9)
+    return save_distilled(
+        tmp_path / "set",
+        images=torch.rand(10 * ipc, 1, 8, 8) if images is None else images,
+        hard=hard,
+        teacher=teacher.eval() if kind == "teacher" else None,
+        teacher_arch="convnet-d3-bn-small" if kind == "teacher" else None,
+        soft=torch.eye(10)[hard] if kind == "soft" else None,
+        dataset="digits",
+        ipc=ipc,
+        method="made-by-hand",
+        classes=CLASSES,
+        provenance={},
+    )
+
+
+def test_every_image_is_seen_once_an_epoch_and_epochs_differ() -> None:
+    student = make_student(batch_size=16)
+    kwargs = {"images": 50, "resolution": 8, "seed": 4}
+    one, same, other = (list(epoch_views(student, epoch=e, **kwargs)) for e in (0, 0, 1))
+    assert torch.cat([v.indices for v in one]).sort().values.tolist() == list(range(50))
+    assert [len(v.indices) for v in one] == [16, 16, 16, 2]
+    images = torch.rand(50, 1, 8, 8)
+    for a, b in zip(one, same, strict=True):
+        assert torch.equal(a.render(images), b.render(images))
+    assert not torch.equal(one[0].indices, other[0].indices)
+
+
+def test_a_view_without_augmentation_is_the_image() -> None:
+    student = make_student(crop_scale=(1.0, 1.0), cutmix=0.0, flip=False)
+    images = torch.rand(20, 1, 8, 8)
+    for view in epoch_views(student, images=20, resolution=8, seed=0, epoch=0):
+        torch.testing.assert_close(view.render(images), images[view.indices], atol=1e-5, rtol=0)
+
+
+def test_the_stored_labels_are_the_teachers_on_the_students_views(tmp_path) -> None:
+    run, student = make_run(tmp_path), make_student(batch_size=8)
+    made = make_set(tmp_path, "teacher")
+    stage = plan_relabel(run, "k", student, 20)
+    relabel(run, made, student, stage)
+    stored = load_file(stage.folder.path / LABELS)["logits"]
+    assert stored.shape == (3, 20, 10)
+    assert stored.dtype == torch.float16
+    name = run.generator("views", "shared").initial_seed()
+    for epoch in range(3):
+        views = epoch_views(student, images=20, resolution=8, seed=name, epoch=epoch)
+        with torch.no_grad():
+            rows = torch.cat([made.teacher(v.render(made.images)) for v in views])
+        torch.testing.assert_close(stored[epoch].float(), rows, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft", "teacher"])
+def test_a_student_learns_from_every_kind_of_label(tmp_path, kind: str) -> None:
+    """Ten classes of one bright row or column each: a student that learns nothing stays at 10%."""
+    images = torch.zeros(40, 1, 8, 8)
+    for k, picture in enumerate(images):
+        line = (k // 4) % 5
+        if k // 4 < 5:
+            picture[:, line + 1] = 1
+        else:
+            picture[:, :, line + 1] = 1
+    run = make_run(tmp_path)
+    student = make_student(
+        epochs=150, batch_size=10, crop_scale=(1.0, 1.0), cutmix=0.0, temperature=1.0, lr=0.01
+    )
+    made = make_set(tmp_path, kind, ipc=4, images=images)
+    labels = None
+    truth = made.hard
+    if kind == "teacher":
+        labels = plan_relabel(run, "k", student, 40)
+        relabel(run, made, student, labels)
+        with torch.no_grad():
+            truth = made.teacher(images).argmax(1)
+    stage = plan_student(run, "k", student, 40, 0)
+    model = train_student(run, made, student, 0, stage, labels)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert (model(images).argmax(1) == truth).float().mean() > 0.9
+
+
+def test_seeds_differ_and_a_finished_student_is_read_back(tmp_path) -> None:
+    run, student = make_run(tmp_path), make_student()
+    made = make_set(tmp_path, "hard")
+    x = torch.rand(4, 1, 8, 8)
+    out = []
+    for seed in (0, 0, 1):
+        stage = plan_student(run, "k", student, 20, seed)
+        out.append(train_student(run, made, student, seed, stage, None)(x))
+    assert torch.equal(out[0], out[1])
+    assert not torch.equal(out[0], out[2])
+
+
+def test_a_student_whose_loss_explodes_is_stopped(tmp_path) -> None:
+    run, student = make_run(tmp_path), make_student(lr=1e38)
+    made = make_set(tmp_path, "hard")
+    stage = plan_student(run, "k", student, 20, 0)
+    with pytest.raises(GuardbenchError, match=r"student 0, epoch \d.*student\.lr"):
+        train_student(run, made, student, 0, stage, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x * 2 - 1, r"\[0, 1\]"),
+        (lambda x: x / 0, "finite"),
+        (lambda x: x[:-1], "one label each"),
+        (lambda x: x.double(), "float32"),
+    ],
+)
+def test_what_is_no_distilled_set_is_not_written(tmp_path, change, said: str) -> None:
+    images = change(torch.rand(20, 1, 8, 8))
+    with pytest.raises(GuardbenchError, match=said):
+        make_set(tmp_path, "hard", images=images)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_class_with_too_few_images_is_named(tmp_path) -> None:
+    with pytest.raises(GuardbenchError, match="class 0 has 2 images where IPC is 3"):
+        save_distilled(
+            tmp_path,
+            images=torch.rand(20, 1, 8, 8),
+            hard=torch.arange(10).repeat_interleave(2),
+            teacher=None,
+            dataset="digits",
+            ipc=3,
+            method="m",
+            classes=CLASSES,
+            provenance={},
+        )
