@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guardbench import canonical
 from guardbench.data.catalog import CATALOG, class_names
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
 from guardbench.models import Classifier, build_model, load_weights, save_weights
 from guardbench.protocol import Name, Strict, first_problem
 from guardbench.store import read_text, write_bytes, write_text
@@ -152,7 +152,9 @@ def load_distilled(folder: Path) -> DistilledDataset:
         tensors = load_file(folder / IMAGES)
         images, hard, soft = tensors["images"], tensors["labels"], tensors.get("soft")
     except (KeyError, OSError, SafetensorError) as error:
-        raise GuardbenchError(f"{folder / IMAGES}: not a distilled set ({error}).") from error
+        raise GuardbenchError(
+            f"{folder / IMAGES}: not a distilled set ({brief(error)})."
+        ) from error
     check_images(
         images, hard, ipc=manifest.ipc, classes=len(manifest.classes), where=str(folder / IMAGES)
     )

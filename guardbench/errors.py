@@ -8,3 +8,9 @@ class GuardbenchError(Exception):
 
     The command line prints the message and exits with 2, without a traceback.
     """
+
+
+def brief(error: BaseException, limit: int = 160) -> str:
+    """The first line of another library's error, cut short; its kind when it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit]

@@ -266,10 +266,10 @@ def _attack(
     begun = 0
     if state is not None:
         begun, robust, distance = int(state["batches"]), state["robust"], state["distance"]
+    named = derive_seed(seed.seed, "attack", spec.name)
     decided = int((~right).sum()) + sum(len(b) for b in batches[:begun])
     with run.progress.stage(folder.name, count, "images", decided) as bar:
         for number, index in enumerate(batches[begun:], start=begun + 1):
-            named = derive_seed(seed.seed, "attack", spec.name, number)
             outcome = run_batch(attack, model, x, y, index, seed=named)
             robust[index], distance[index] = ~outcome.broken, outcome.distance
             left = sum(len(b) for b in batches[number:])

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
 from guardbench.protocol import unknown
 from guardbench.store import write_bytes
 
@@ -183,5 +183,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state: Mapping[str, Any] = load_file(path)
         model.load_state_dict(state, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise GuardbenchError(f"{path}: not weights of this architecture: {reason}") from error
+        raise GuardbenchError(
+            f"{path}: not weights of this architecture: {brief(error)}"
+        ) from error

@@ -345,9 +345,7 @@ def _keep_protocol(settings: Settings) -> None:
     """Keeps a copy of a user's own protocol, so that the workspace's boards can be rebuilt."""
     if settings.protocol is not None and settings.protocol.endswith(".toml"):
         source = Path(settings.protocol)
-        write_text(
-            settings.output / "protocols" / source.name, read_text(source, what="protocol")
-        )
+        write_text(settings.output / "protocols" / source.name, read_text(source, what="protocol"))
 
 
 def _known_protocol(workspace: Path, name: str) -> Protocol:

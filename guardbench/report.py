@@ -14,7 +14,7 @@ from rich.table import Table
 from guardbench.leaderboard import stale_boards
 from guardbench.metrics import Estimate, estimate, worst_case
 from guardbench.progress import clock
-from guardbench.records import ResultRecord, printable
+from guardbench.records import ResultRecord, StageCost, printable
 
 
 def print_record(
@@ -136,17 +136,21 @@ def _costs(record: ResultRecord) -> Table:
     table.add_column("peak memory", justify="right", no_wrap=True)
     table.add_column("device", overflow="fold")
     table.add_column("")
-    for stage in record.cost:
+    groups: dict[str, list[StageCost]] = {}
+    for stage in record.cost:  # `pgd100 0` and `pgd100 1` are one row
+        groups.setdefault(stage.stage.split(" ")[0], []).append(stage)
+    for name, stages in groups.items():
+        reused = sum(stage.shared for stage in stages)
         table.add_row(
-            escape(stage.stage),
-            clock(stage.seconds),
-            _size(stage.peak_memory_bytes),
-            escape(stage.device),
-            "reused" if stage.shared else "",
+            escape(name if len(stages) == 1 else f"{name}, {len(stages)} seeds"),
+            clock(sum(stage.seconds for stage in stages)),
+            _size(max(stage.peak_memory_bytes for stage in stages)),
+            escape(", ".join(sorted({stage.device for stage in stages}))),
+            "reused" if reused == len(stages) else f"{reused} reused" if reused else "",
         )
     total = sum(stage.seconds for stage in record.cost)
-    reused = sum(stage.seconds for stage in record.cost if stage.shared)
-    note = f"of it reused {clock(reused)}" if reused else ""
+    before = sum(stage.seconds for stage in record.cost if stage.shared)
+    note = f"of it reused {clock(before)}" if before else ""
     table.add_section()
     table.add_row("total", clock(total), "", note, "", style="bold")
     return table

@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Tensor
 
 from guardbench import canonical
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
 from guardbench.progress import Progress
 from guardbench.records import StageCost
 from guardbench.store import write_bytes, write_text
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CHECKPOINT_EVERY_S = 20.0
-# Below this resolution a convolution is too small for bf16 to gain on a CPU.
-BF16_CPU_RESOLUTION = 32
+# Below this resolution a CPU's kernels are too small to gain by bf16 or by threads.
+SMALL_RESOLUTION = 32
 
 
 def make_accelerator(device: str, precision: str, resolution: int) -> Accelerator:
@@ -53,7 +54,11 @@ def make_accelerator(device: str, precision: str, resolution: int) -> Accelerato
         torch.cuda.set_device(torch.device(device))
     if precision == "auto":
         precision = "bf16" if _bf16_gains(kind, resolution) else "fp32"
+    if kind == "cpu" and resolution < SMALL_RESOLUTION:
+        torch.set_num_threads(1)  # on tiny kernels a second thread waits more than it works
     mixed = "no" if precision == "fp32" else precision
+    # Accelerate keeps one state a process and refuses another precision; a second run may want one.
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=kind == "cpu", mixed_precision=mixed)
 
 
@@ -76,7 +81,7 @@ def _check_device(device: str) -> str:
 def _bf16_gains(kind: str, resolution: int) -> bool:
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    if kind != "cpu" or resolution < BF16_CPU_RESOLUTION:
+    if kind != "cpu" or resolution < SMALL_RESOLUTION:
         return False
     # Emulated bf16 is slower than float32, so ask whether the processor has the instructions.
     flags = Path("/proc/cpuinfo")
@@ -171,10 +176,11 @@ class StageFolder:
             state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
             if state["key"] != self.key:
                 raise ValueError("it belongs to another stage")
+        # torch raises many kinds for a damaged file, and each means the same.
         except Exception as error:
             raise GuardbenchError(
                 f"{self.checkpoint_path}: unreadable checkpoint "
-                f"({str(error).splitlines()[0][:100]}); delete it to restart this stage."
+                f"({brief(error)}); delete it to restart this stage."
             ) from error
         self._spent = float(state["seconds"])
         return dict(state["state"])

@@ -31,9 +31,7 @@ def make_task(tmp_path, *, ipc: int = 2, squeeze: dict | None = None, **recover:
     params["recover"] |= {"iterations": 6, **recover}
     train = load_digits()
     return Task(
-        run=Run(
-            accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress()
-        ),
+        run=Run(accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress()),
         method=method,
         recipe=recipe.model_copy(update={"params": params}),
         dataset="digits",
@@ -129,7 +127,7 @@ def test_an_artifact_comes_back_and_a_changed_file_does_not(tmp_path) -> None:
     again = load_distilled(folder)
     assert torch.equal(again.images, made.images)
     assert again.manifest == made.manifest
-    assert 0 <= made.images.min()
+    assert made.images.min() >= 0
     assert made.images.max() <= 1
     x = torch.rand(3, 1, 8, 8)
     assert again.teacher is not None
@@ -154,9 +152,7 @@ def test_the_regulariser_changes_the_teacher_and_not_the_key_of_anything_else(tm
     keys = [[s.folder.key for s in SRe2L().plan(t)] for t in (task, plain)]
     assert keys[0][0] != keys[1][0]
     a, b = (squeeze(t, load_digits()) for t in (task, plain))
-    assert any(
-        not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)
-    )
+    assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_a_teacher_is_shared_by_every_ipc(tmp_path) -> None:

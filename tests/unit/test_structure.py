@@ -91,7 +91,9 @@ def test_help_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("verb", ["run", "show", "leaderboard", "leaderboard build", "leaderboard check"])
+@pytest.mark.parametrize(
+    "verb", ["run", "show", "leaderboard", "leaderboard build", "leaderboard check"]
+)
 def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
     from typer.testing import CliRunner
 

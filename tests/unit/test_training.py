@@ -18,9 +18,7 @@ CLASSES = tuple(str(k) for k in range(10))
 
 
 def make_run(tmp_path) -> Run:
-    return Run(
-        accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress()
-    )
+    return Run(accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress())
 
 
 def make_student(**update: object):
@@ -93,7 +91,7 @@ def test_a_student_learns_from_every_kind_of_label(tmp_path, kind: str) -> None:
             picture[:, :, line + 1] = 1
     run = make_run(tmp_path)
     student = make_student(
-        epochs=150, batch_size=10, crop_scale=(1.0, 1.0), cutmix=0.0, temperature=1.0, lr=0.01
+        epochs=40, batch_size=10, crop_scale=(1.0, 1.0), cutmix=0.0, temperature=1.0, lr=0.01
     )
     made = make_set(tmp_path, kind, ipc=4, images=images)
     labels = None
@@ -123,7 +121,7 @@ def test_seeds_differ_and_a_finished_student_is_read_back(tmp_path) -> None:
 
 
 def test_a_student_whose_loss_explodes_is_stopped(tmp_path) -> None:
-    run, student = make_run(tmp_path), make_student(lr=1e38)
+    run, student = make_run(tmp_path), make_student(lr=1e20)
     made = make_set(tmp_path, "hard")
     stage = plan_student(run, "k", student, 20, 0)
     with pytest.raises(GuardbenchError, match=r"student 0, epoch \d.*student\.lr"):

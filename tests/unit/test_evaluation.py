@@ -1,0 +1,196 @@
+"""Students x attacks, on students whose answers are known beforehand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from guardbench import evaluation
+from guardbench.attacks.autoattack import AutoAttack, Square
+from guardbench.attacks.base import run_verified
+from guardbench.data.dataset import RealDataset
+from guardbench.evaluation import attack_batch, plan_evaluation, shared_square
+from guardbench.progress import Progress
+from guardbench.protocol import load_protocol
+from guardbench.runtime import Run
+
+
+def make_run(tmp_path) -> Run:
+    return Run(accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress())
+
+
+def small_protocol(count: int = 60, per_seed: int = 20):
+    base = load_protocol("digits")
+    attacks = tuple(
+        a.model_copy(
+            update={
+                "images_per_seed": per_seed if a.images_per_seed else None,
+                "params": {"queries": 50} if a.kind == "square" else {"steps": 10},
+            }
+        )
+        for a in base.attacks
+        if a.kind in ("pgd", "square")
+    )
+    return base.model_copy(
+        update={
+            "id": "small",
+            "attacks": attacks,
+            "rank_by": "pgd100",
+            "student": base.student.model_copy(update={"seeds": (0, 1)}),
+            "test": base.test.model_copy(update={"count": count, "sha256": None}),
+        }
+    )
+
+
+def linear_model() -> nn.Module:
+    """Fast, and broken often enough at the digits' radius that Square stops early."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval().requires_grad_(False)
+
+
+def make_test_set(count: int = 80) -> RealDataset:
+    rng = np.random.default_rng(0)
+    return RealDataset(
+        name="digits",
+        split="val",
+        resolution=8,
+        images=rng.integers(0, 256, (count, 1, 8, 8), dtype=np.uint8),
+        labels=torch.arange(count) % 10,
+        ids=tuple(f"{k % 10}/{k}" for k in range(count)),
+        classes=tuple("0123456789"),
+        digest="0" * 64,
+    )
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """An evaluation in which training is replaced by a fixed network, and how often it attacked."""
+    model = linear_model()
+    calls: list[int] = []
+    real = evaluation.run_batch
+
+    def train(run, _set, _student, _seed, stage, _labels):
+        if stage.folder.finished() is None:
+            stage.folder.begin(run.device)
+            stage.folder.finish(run.device)
+        return model
+
+    def counted(attack, net, x, y, index, **kwargs):
+        calls.append(len(index))
+        return real(attack, net, x, y, index, **kwargs)
+
+    monkeypatch.setattr(evaluation, "train_student", train)
+    monkeypatch.setattr(evaluation, "run_batch", counted)
+    run, protocol, test = make_run(tmp_path), small_protocol(), make_test_set()
+    order = protocol.test_indices(test.ids)
+    # Labels that the network gives, but for every third image: its clean accuracy is known.
+    with torch.no_grad():
+        labels = model(test.batch(range(80))).argmax(1)
+    labels[order[::3]] = (labels[order[::3]] + 1) % 10
+    test = dataclasses.replace(test, labels=labels)
+    plan = plan_evaluation(
+        run, protocol, artifact="a", images=10, teacher=False, test_digest=test.digest
+    )
+
+    def go():
+        return evaluation.evaluate(run, protocol, plan, None, test)
+
+    return go, calls, model, test, order, protocol
+
+
+def test_counts_are_those_of_the_network(evaluated) -> None:
+    go, _, model, test, order, protocol = evaluated
+    runs, costs = go()
+    assert [r.seed for r in runs] == [0, 1]
+    for position, run in enumerate(runs):
+        assert run.clean.correct == 40
+        assert run.clean.flags() == [k % 3 != 0 for k in range(60)]
+        square = run.attacks["square"]
+        assert (square.first, square.total) == (20 * position, 20)
+        assert square.correct <= sum(run.clean.flags()[20 * position : 20 * position + 20])
+    x, y = test.batch(order), test.labels[order]
+    spec = protocol.attacks[0]
+    attack = evaluation.build_attack(spec.kind, protocol.threat.model, spec.params)
+    named = evaluation.derive_seed(1, "attack", spec.name)
+    alone = run_verified(attack, model, x, y, seed=named, batch_size=7)
+    assert runs[1].attacks["pgd100"].flags() == alone.robust.tolist()
+    assert [c.stage for c in costs[:4]] == ["student 0", "clean 0", "pgd100 0", "square 0"]
+    assert not any(c.shared for c in costs)
+
+
+def test_what_is_finished_is_not_attacked_again(evaluated) -> None:
+    go, calls, *_ = evaluated
+    first, _ = go()
+    before = len(calls)
+    again, costs = go()
+    assert len(calls) == before
+    assert again == first
+    assert all(c.shared for c in costs)
+
+
+def test_an_interrupted_attack_goes_on_at_its_next_batch(evaluated, monkeypatch) -> None:
+    go, calls, *_ = evaluated
+    monkeypatch.setattr(evaluation, "attack_batch", lambda _resolution: 8)
+    monkeypatch.setattr(evaluation.PlannedStage, "__eq__", object.__eq__)
+    monkeypatch.setattr("guardbench.runtime.CHECKPOINT_EVERY_S", -1.0)
+    counted = evaluation.run_batch
+
+    def dies(*args, **kwargs):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return counted(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "run_batch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    monkeypatch.setattr(evaluation, "run_batch", counted)
+    runs, _ = go()
+    pgd = [8, 8, 8, 8, 8]
+    assert calls[:5] == pgd, "three batches before, two after, none twice"
+    assert runs[0].attacks["pgd100"].total == 60
+
+
+def test_square_is_shared_only_where_it_is_the_same_attack_on_the_same_images() -> None:
+    protocol = load_protocol("imagenette-64")
+    by_name = {a.name: a for a in protocol.attacks}
+    auto, square = by_name["autoattack"], by_name["square"]
+    assert shared_square(protocol, auto) == square
+    assert shared_square(protocol, by_name["pgd100"]) is None
+
+    def with_square(**update: object):
+        changed = square.model_copy(update=update)
+        return protocol.model_copy(
+            update={"attacks": tuple(changed if a is square else a for a in protocol.attacks)}
+        )
+
+    assert shared_square(with_square(images_per_seed=50), auto) is None
+    assert shared_square(with_square(params={"queries": 100}), auto) is None
+    plus = auto.model_copy(update={"params": {"version": "plus"}})
+    late = protocol.model_copy(update={"attacks": (plus, square)})
+    assert shared_square(late, plus) is None
+    assert shared_square(protocol.model_copy(update={"attacks": (auto, square)}), auto) is None
+
+
+def test_square_first_gives_the_ensembles_verdict() -> None:
+    """AutoAttack is broken-by-any-of-four, so its verdict cannot depend on the order of the four."""
+    torch.manual_seed(0)
+    model = linear_model()
+    x = torch.rand(40, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    threat = load_protocol("digits").threat.model
+    threat = dataclasses.replace(threat, eps=threat.eps / 4)
+    whole = run_verified(AutoAttack(threat=threat), model, x, y, seed=1)
+    square = run_verified(Square(threat=threat), model, x, y, seed=1)
+    rest = run_verified(
+        AutoAttack(threat=threat, square=False), model, x, y, seed=1, clean=square.robust
+    )
+    assert 0 < int(whole.robust.sum()) < 40, "an eps at which some survive"
+    assert torch.equal(whole.robust, rest.robust)
+
+
+def test_the_batch_of_an_attack_is_fixed_by_the_resolution_alone() -> None:
+    assert [attack_batch(r) for r in (8, 32, 64, 224)] == [256, 256, 256, 64]

@@ -1,0 +1,149 @@
+"""Stages on disk, devices, seeds and the progress of a run."""
+
+import io
+
+import pytest
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from guardbench import canonical, runtime
+from guardbench.errors import GuardbenchError
+from guardbench.progress import Progress, clock
+from guardbench.runtime import Run, check_finite, effective_precision, make_accelerator
+
+CPU = torch.device("cpu")
+
+
+def make_run(tmp_path) -> Run:
+    return Run(accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=5, progress=Progress())
+
+
+def test_a_stage_is_finished_only_when_all_of_it_is_there(tmp_path) -> None:
+    folder = make_run(tmp_path).stage("squeeze", "teachers", {"lr": 0.1})
+    assert folder.finished() is None
+    assert folder.begin(CPU) is None
+    assert folder.finished() is None
+    folder.path.mkdir(parents=True)
+    (folder.path / "a.bin").write_bytes(b"abc")
+    folder.finish(CPU, ("a.bin",), note="kept")
+    stored = folder.finished()
+    assert stored is not None
+    assert stored["note"] == "kept"
+    assert stored["cost"]["peak_memory_bytes"] > 1_000_000
+    (folder.path / "a.bin").write_bytes(b"abd")
+    with pytest.raises(GuardbenchError, match=r"a\.bin has changed"):
+        folder.finished()
+
+
+def test_other_words_are_another_stage(tmp_path) -> None:
+    run = make_run(tmp_path)
+    assert run.stage("s", "k", {"a": 1}).path != run.stage("s", "k", {"a": 2}).path
+
+
+def test_a_checkpoint_comes_back_with_its_seconds_and_goes_at_the_end(tmp_path) -> None:
+    run = make_run(tmp_path)
+    folder = run.stage("s", "k", {"a": 1})
+    folder.begin(CPU)
+    folder._spent = 100.0
+    folder.checkpoint({"step": 3, "tensor": torch.arange(4)})
+    again = run.stage("s", "k", {"a": 1})
+    state = again.begin(CPU)
+    assert state is not None
+    assert state["step"] == 3
+    assert torch.equal(state["tensor"], torch.arange(4))
+    assert again.seconds >= 100
+    again.finish(CPU)
+    assert not folder.checkpoint_path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04broken"])
+def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path, content: bytes) -> None:
+    folder = make_run(tmp_path).stage("s", "k", {"a": 1})
+    folder.path.mkdir(parents=True)
+    folder.checkpoint_path.write_bytes(content)
+    with pytest.raises(GuardbenchError, match=r"checkpoint\.pt: .*delete it") as caught:
+        folder.begin(CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_is_never_unpickled(tmp_path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    folder = make_run(tmp_path).stage("s", "k", {"a": 1})
+    folder.path.mkdir(parents=True)
+    torch.save({"key": folder.key, "seconds": 0, "state": Evil()}, folder.checkpoint_path)
+    with pytest.raises(GuardbenchError, match="unreadable checkpoint"):
+        folder.begin(CPU)
+
+
+def test_seeds_are_named_so_that_a_new_choice_moves_no_other(tmp_path) -> None:
+    run = make_run(tmp_path)
+    first = torch.rand(3, generator=run.generator("recover", "noise", 0))
+    torch.rand(100, generator=run.generator("something", "new"))
+    assert torch.equal(first, torch.rand(3, generator=run.generator("recover", "noise", 0)))
+    names = {run.generator(*n).initial_seed() for n in [("a", "bc"), ("ab", "c"), ("a", "b", "c")]}
+    assert len(names) == 3
+    assert canonical.derive_seed(1, "a") != canonical.derive_seed(2, "a")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:3", "cuda:x"])
+def test_a_device_that_is_not_there_is_told(device: str) -> None:
+    with pytest.raises(GuardbenchError, match=r"not on this machine, which has .*cpu"):
+        make_accelerator(device, "auto", 8)
+
+
+def test_precision_is_what_autocast_does() -> None:
+    for asked in ("fp32", "bf16"):
+        accelerator = make_accelerator("cpu", asked, 8)
+        assert effective_precision(accelerator) == asked
+        with accelerator.autocast():
+            out = torch.nn.Linear(2, 2)(torch.rand(1, 2))
+        assert out.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
+    assert effective_precision(make_accelerator("cpu", "auto", 8)) == "fp32"
+    with pytest.raises(GuardbenchError, match="fp8"):
+        make_accelerator("cpu", "fp8", 8)
+
+
+def test_bf16_is_not_chosen_where_it_would_be_emulated(monkeypatch) -> None:
+    monkeypatch.setattr(runtime.Path, "read_text", lambda _self: "flags: avx2 avx512f")
+    assert not runtime._bf16_gains("cpu", 224)
+    monkeypatch.setattr(runtime.Path, "read_text", lambda _self: "flags: avx512_bf16")
+    assert runtime._bf16_gains("cpu", 224)
+    assert not runtime._bf16_gains("cpu", 8)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_remedy() -> None:
+    assert check_finite(torch.tensor(2.0), "squeeze, step 1", "lower lr") == 2.0
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(GuardbenchError, match=r"squeeze, step 7: the loss is .*lower lr"):
+            check_finite(torch.tensor(bad), "squeeze, step 7", "lower lr")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.9, "59.9 s"), (245, "4 min 05 s"), (7620, "2 h 07 min")],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_a_log_gets_one_line_a_stage_and_no_control_codes() -> None:
+    sink = io.StringIO()
+    with Progress(Console(file=sink, width=80)).stage("squeeze", 3, "steps") as bar:
+        for _ in range(3):
+            bar.advance(1, "loss 0.5")
+    assert sink.getvalue().count("\n") == 1
+    assert sink.getvalue().startswith("squeeze: 3/3 steps in ")
+    assert "\x1b" not in sink.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_an_eta() -> None:
+    sink = io.StringIO()
+    console = Console(file=sink, width=120, force_terminal=True)
+    with Progress(console).stage("recover", 4, "steps", done=1) as bar:
+        bar.advance(3, "loss 0.1")
+    assert "ETA" in sink.getvalue()
+    assert "4/4" in sink.getvalue()
