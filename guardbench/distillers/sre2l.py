@@ -396,7 +396,8 @@ def total_variation(images: Tensor) -> Tensor:
     """Length of the differences between vertical and horizontal neighbours, [N], of [N, C, H, W]."""
     down = (images[:, :, 1:] - images[:, :, :-1]).flatten(1)
     right = (images[:, :, :, 1:] - images[:, :, :, :-1]).flatten(1)
-    return torch.linalg.vector_norm(down, dim=1) + torch.linalg.vector_norm(right, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(down, dim=1) + torch.linalg.vector_norm(right, dim=1)
+    return lengths
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, params: Squeeze, epoch: float) -> None:

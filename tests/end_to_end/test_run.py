@@ -134,7 +134,7 @@ def test_show_prints_the_table_again(ran) -> None:
     folder, result = ran
     shown = guardbench("show", str(the_record(folder)), cwd=folder)
     assert shown.returncode == 0, shown.stderr
-    table = [line for line in result.stdout.splitlines() if line.startswith("pgd100")]
+    table = [line for line in result.stdout.splitlines() if line.startswith("pgd100  ")]
     assert table
     assert table[0] in shown.stdout
 
