@@ -44,7 +44,7 @@ def _options(
 
 
 def main() -> None:
-    """The entry point: bad input is one line and exit code 2; an interrupt exits with 130."""
+    """The entry point: bad input is one line and exit code 2; Typer exits with 130 on an interrupt."""
     # Without this, `guardbench show RECORD | head` would end in a traceback.
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -53,6 +53,3 @@ def main() -> None:
     except GuardbenchError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on from here", err=True)
-        sys.exit(130)

@@ -95,7 +95,11 @@ def run(
     if dry_run:
         return
     console.print()
-    finished = execute(plan)
+    try:
+        finished = execute(plan)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to go on from here", err=True)
+        raise typer.Exit(130) from None
     from rich.markup import escape
 
     from guardbench.leaderboard import threat_text
