@@ -202,12 +202,13 @@ def save_preview(
 
     columns = min(most, int((hard == 0).sum()))
     rows = min(len(classes), 20)
-    figure = Figure(figsize=(columns + 1.6, rows), dpi=max(64, min(224, images.shape[-1])))
+    margin = 0.2 + 0.085 * max(len(name) for name in classes[:rows])  # inches for the names
+    width = columns + margin
+    figure = Figure(figsize=(width, rows), dpi=max(64, min(224, images.shape[-1])))
     grid = figure.subplots(
         rows, columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03}
     )
-    longest = max(len(name) for name in classes[:rows])
-    figure.subplots_adjust(left=min(0.3, (0.2 + 0.085 * longest) / (columns + 1.6)), right=0.995)
+    figure.subplots_adjust(left=margin / width, right=0.995)
     figure.subplots_adjust(top=0.995, bottom=0.005)
     for row in range(rows):
         for column, index in enumerate(torch.nonzero(hard == row).flatten()[:columns].tolist()):

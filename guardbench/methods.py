@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 import guardbench
 from guardbench.errors import GuardbenchError
@@ -32,6 +32,13 @@ class Recipe(Strict):
     source: str = Field(max_length=400)
     regulariser: dict[str, str | float | int] = Field(default_factory=_no_regulariser)
     params: dict[str, dict[str, Any]]
+
+    @field_validator("regulariser")
+    @classmethod
+    def _named(cls, words: dict[str, str | float | int]) -> dict[str, str | float | int]:
+        if "kind" not in words:
+            raise ValueError("kind: which regulariser is it?")
+        return words
 
 
 class MethodFile(Strict):

@@ -151,6 +151,10 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
     located = locate(protocol.dataset, settings.data_dir, cache_dir=settings.cache_dir)
     accelerator = make_accelerator(settings.device, settings.precision, protocol.resolution)
     checkout = _checkout() if settings.publish else None
+    if settings.publish and protocol.id not in protocol_ids():
+        raise GuardbenchError(
+            f"--publish: {protocol.id} is your own protocol; only published ones have public boards."
+        )
     _check_writable(settings.output)
     info = dataset_info(protocol.dataset)
     cached = partial(
@@ -356,7 +360,7 @@ def _known_protocol(workspace: Path, name: str) -> Protocol:
 
 def _publish(plan: Plan, checkout: Path, record: ResultRecord) -> dict[str, Path]:
     folder = checkout / "baselines" / plan.method.name / "results" / plan.protocol.id
-    path = folder / f"ipc{plan.settings.ipc}.json"
+    path = folder / f"ipc{plan.settings.ipc}-seed{plan.settings.seed}.json"
     save_record(path, record)
     write(checkout, rebuild(checkout))
     return {
@@ -367,11 +371,11 @@ def _publish(plan: Plan, checkout: Path, record: ResultRecord) -> dict[str, Path
 
 def _check_writable(folder: Path) -> None:
     """Asks the file system now, not after an hour of work; leaves nothing behind."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    probe = there / f".guardbench-{canonical.derive_seed(time.time_ns())}"
     with explained(folder):
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        probe = there / f".guardbench-{canonical.derive_seed(time.time_ns())}"
         if not there.is_dir():
             raise NotADirectoryError(20, "it is a file, not a folder")
         probe.touch()

@@ -16,7 +16,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
@@ -31,6 +39,15 @@ else:
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._+-]{0,63}$")]
 
 
+def _share(scale: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"must be [smallest, largest] share of the area in (0, 1], not {scale}")
+    return scale
+
+
+CropScale = Annotated[tuple[float, float], AfterValidator(_share)]
+
+
 class Strict(BaseModel):
     """Unknown fields are refused and nothing changes after it is read."""
 
@@ -42,6 +59,17 @@ class Threat(Strict):
 
     norm: Norm
     eps: str = Field(pattern=r"^\d+(\.\d+)?(/\d+)?$")
+
+    @field_validator("eps")
+    @classmethod
+    def _positive(cls, eps: str) -> str:
+        try:
+            positive = parse_fraction(eps) > 0
+        except ZeroDivisionError:
+            positive = False
+        if not positive:
+            raise ValueError(f"must be a positive fraction such as 1/255, not {eps}")
+        return eps
 
     @property
     def model(self) -> ThreatModel:
@@ -71,7 +99,7 @@ class Student(Strict):
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     temperature: float = Field(gt=0)
-    crop_scale: tuple[float, float]
+    crop_scale: CropScale
     flip: bool
     cutmix: float = Field(ge=0)
 

@@ -23,6 +23,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Tensor
 
+import guardbench
 from guardbench import canonical
 from guardbench.errors import GuardbenchError, brief
 from guardbench.progress import Progress
@@ -57,6 +58,11 @@ def make_accelerator(device: str, precision: str, resolution: int) -> Accelerato
     if kind == "cpu" and resolution < SMALL_RESOLUTION:
         torch.set_num_threads(1)  # on tiny kernels a second thread waits more than it works
     mixed = "no" if precision == "fp32" else precision
+    # Official numbers are float32 and not TF32, and a resumed run must end as an unbroken one.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
     # Accelerate keeps one state a process and refuses another precision; a second run may want one.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=kind == "cpu", mixed_precision=mixed)
@@ -248,9 +254,15 @@ class Run:
         return effective_precision(self.accelerator)
 
     def stage(self, name: str, kind: str, words: Mapping[str, Any]) -> StageFolder:
-        """The folder of a stage: `<workspace>/<kind>/<first 16 digits of its key>`."""
-        key = canonical.digest(words)
-        return StageFolder(name, self.workspace / kind / key[:16], words)
+        """The folder of a stage: `<workspace>/<kind>/<first 16 digits of its key>`.
+
+        The versions of guardbench and torch are part of the key, so that an upgrade never takes over
+        what another version made.
+        """
+        made_by = {"guardbench": guardbench.__version__, "torch": torch.__version__}
+        folder = StageFolder(name, Path(), {**words, "made_by": made_by})
+        folder.path = self.workspace / kind / folder.key[:16]
+        return folder
 
     def generator(self, *names: str | int, seed: int | None = None) -> torch.Generator:
         """A CPU generator for the random choice called `names`."""
@@ -259,7 +271,7 @@ class Run:
 
 
 def device_name(device: torch.device) -> str:
-    """`NVIDIA H200`, or the processor's name and thread count."""
+    """`NVIDIA H200`, or the name of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -269,7 +281,7 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return f"{device.type}: {name}, {torch.get_num_threads()} threads"
+    return f"{device.type}: {name}"
 
 
 def check_finite(loss: Tensor, where: str, remedy: str) -> float:

@@ -11,6 +11,10 @@ from pathlib import Path
 
 from guardbench.errors import GuardbenchError
 
+_REFUSALS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -75,7 +79,7 @@ def explained(target: Path) -> Iterator[None]:
             raise GuardbenchError(
                 f"{target}: the disk is full; free some space or choose another folder with --output."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _REFUSALS:
             raise GuardbenchError(
                 f"{target}: cannot be written ({error.strerror}); choose another folder with --output."
             ) from error

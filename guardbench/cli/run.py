@@ -29,7 +29,11 @@ def run(
     ] = None,
     ipc: Annotated[int, typer.Option(help="Images per class of the distilled set.")] = 10,
     seed: Annotated[
-        int, typer.Option(help="Root of every random choice of the distillation.", min=0)
+        int,
+        typer.Option(
+            help="Root of every random choice but the students' seeds, which the protocol fixes.",
+            min=0,
+        ),
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[
@@ -161,8 +165,8 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     console.print(f"  {'expected':<12} {time}", highlight=False)
     if seconds > 6 * 3600 and protocol.id == "imagenette" and run.device.type == "cpu":
         console.print(
-            "  [yellow]hint[/yellow]         --protocol imagenette-64 is the same at 64 px, "
-            "for machines without a GPU",
+            "  [yellow]hint[/yellow]         --protocol imagenette-64 is made for machines "
+            "without a GPU: 64 px, fewer test images",
             highlight=False,
             soft_wrap=True,
         )

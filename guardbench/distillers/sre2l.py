@@ -24,7 +24,7 @@ from guardbench.distilled import MANIFEST, DistilledDataset, load_distilled, sav
 from guardbench.distillers.base import PlannedStage, Task
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, batch_norms, build_model, load_weights, save_weights
-from guardbench.protocol import Name, Strict, first_problem
+from guardbench.protocol import CropScale, Name, Strict, first_problem
 from guardbench.runtime import StageFolder, check_finite
 
 TEACHER = "teacher.safetensors"
@@ -40,7 +40,7 @@ class Squeeze(Strict):
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     warmup_epochs: float = Field(default=0, ge=0)
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     flip: bool = True
 
 
@@ -51,9 +51,6 @@ class Recover(Strict):
         iterations: steps of Adam (betas 0.5 and 0.9), cosine to 0.
         lr: Adam's, in normalised pixels.
         r_bn: weight of the BN term.
-        tv: weight of each image's total variation (the prior of DeepInversion, Yin et al., CVPR
-            2020, equation 3), summed over a group. Without it, at 64 px, one image of every group
-            stays noise and supplies the variance that the BN term asks of all ten.
         first_bn: extra weight of the first BN layer.
         jitter: largest random roll in pixels.
         crop_scale, flip: of the random view that the teacher sees at each step.
@@ -65,10 +62,9 @@ class Recover(Strict):
     iterations: int = Field(gt=0)
     lr: float = Field(gt=0)
     r_bn: float = Field(ge=0)
-    tv: float = Field(default=0.0, ge=0)
     first_bn: float = Field(default=10.0, ge=0)
     jitter: int = Field(ge=0)
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     flip: bool = True
     group: Literal["classes", "all"] = "classes"
     images_a_batch: int = Field(default=100, gt=0)
@@ -87,9 +83,10 @@ class SRe2L:
     def plan(self, task: Task) -> list[PlannedStage]:
         """See `Distiller.plan`."""
         params = _params(task)
+        build_regulariser(task.recipe.regulariser)  # refuses a wrong one early
         squeeze, recover = params.squeeze, params.recover
         steps = _steps_per_epoch(task.train_images, squeeze.batch_size)
-        cost = {"none": 1.0, "curvature": 2.0}.get(str(task.recipe.regulariser["kind"]), 4.0)
+        cost = {"none": 1.0, "curvature": 2.0}.get(str(task.recipe.regulariser.get("kind")), 4.0)
         images = task.ipc * len(task.classes)
         return [
             PlannedStage(
@@ -346,8 +343,6 @@ class _Recovery:
             # A sum over groups of what the original minimises for each, so groups stay independent.
             loss = F.cross_entropy(logits.float(), self.labels) * groups
             loss = loss + params.r_bn * torch.stack(terms).sum()
-            if params.tv:
-                loss = loss + params.tv * total_variation(views).sum()
         (self.images.grad,) = torch.autograd.grad(loss, self.images)
         value = check_finite(
             loss / groups,
@@ -392,14 +387,6 @@ def bn_discrepancy(model: nn.Module, groups: int, first: float) -> Iterator[list
             handle.remove()
 
 
-def total_variation(images: Tensor) -> Tensor:
-    """Length of the differences between vertical and horizontal neighbours, [N], of [N, C, H, W]."""
-    down = (images[:, :, 1:] - images[:, :, :-1]).flatten(1)
-    right = (images[:, :, :, 1:] - images[:, :, :, :-1]).flatten(1)
-    lengths: Tensor = torch.linalg.vector_norm(down, dim=1) + torch.linalg.vector_norm(right, dim=1)
-    return lengths
-
-
 def _set_lr(optimizer: torch.optim.Optimizer, params: Squeeze, epoch: float) -> None:
     """Linear warm-up, then a cosine to 0; `epoch` is fractional."""
     if epoch < params.warmup_epochs:
@@ -436,7 +423,7 @@ def _squeeze_folder(task: Task) -> StageFolder:
 
 
 def _recover_folder(task: Task) -> StageFolder:
-    recover = _params(task).recover.model_dump(mode="json", exclude={"images_a_batch"})
+    recover = _params(task).recover.model_dump(mode="json")
     words = {
         "stage": "recover",
         "teacher": _squeeze_folder(task).key,

@@ -198,6 +198,9 @@ BAD = {
     "device": (["--method", "guard", "--dataset", "digits", "--device", "cuda:9"], "cuda:9"),
     "precision": (["--method", "guard", "--dataset", "digits", "--precision", "fp8"], "fp8"),
     "output": (["--method", "guard", "--dataset", "digits", "--output", "file/x"], "file"),
+    "long output": (
+        ["--method", "guard", "--dataset", "digits", "--output", "x" * 300], "cannot be written",
+    ),
     "checkout": (["--method", "guard", "--dataset", "digits", "--publish"], "no checkout"),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ PUBLISHED = {
     "cifar10-8": "1361dddd0c07dba582ff0df24096523c12c146ba311c551244da62f654f19960",
     "digits": "1af6d6d4ae03d036107e229b3a148e4642b261f1ef37f3ba4237b6e332977449",
     "imagenette": "27814c43a27b35a45f2f2f7b8d5f74fbc12544842b5950475c2059dd4297a22d",
-    "imagenette-64": "ae3e19f65742b1f660e9f95a220e0f4e32ca06677ab306352d41ce885234c137",
+    "imagenette-64": "07a4f788f89acee363c1cd6549a76599ad96f424684ee60fdcc296d4d502f36a",
 }
 
 
@@ -43,9 +43,9 @@ def test_every_protocol_measures_what_the_paper_does(name: str) -> None:
     assert params["autoattack"] == {"version": "standard"}
 
 
-def test_imagenette_64_is_imagenette_at_another_resolution() -> None:
+def test_imagenette_64_is_imagenette_at_another_resolution_and_batch_size() -> None:
     small, large = load_protocol("imagenette-64"), load_protocol("imagenette")
-    assert small.student == large.student
+    assert small.student == large.student.model_copy(update={"batch_size": 20})
     assert small.threat == large.threat
     assert [a.params for a in small.attacks] == [a.params for a in large.attacks]
 
@@ -104,6 +104,9 @@ def test_a_list_digest_tells_order_and_boundaries_apart() -> None:
     [
         ('norm = "linf"', 'norm = "linfty"', "threat.norm"),
         ('eps = "16/255"', "eps = 0.06", "threat.eps"),
+        ('eps = "16/255"', 'eps = "1/0"', "threat.eps"),
+        ('eps = "16/255"', 'eps = "0/255"', "threat.eps"),
+        ("crop_scale = [0.5, 1.0]", "crop_scale = [0.0, 2.0]", "student.crop_scale"),
         ("epochs = 300", "epochs = 0", "student.epochs"),
         ("epochs = 300", "epochs = 300\nepoch = 3", "student.epoch"),
         ('rank_by = "autoattack"', 'rank_by = "aa"', "rank_by"),

@@ -107,6 +107,22 @@ def test_precision_is_what_autocast_does() -> None:
         make_accelerator("cpu", "fp8", 8)
 
 
+def test_float32_is_not_tf32_and_convolutions_repeat() -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.deterministic = False
+    make_accelerator("cpu", "fp32", 8)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.deterministic
+
+
+def test_another_version_of_torch_is_another_stage(tmp_path, monkeypatch) -> None:
+    run = make_run(tmp_path)
+    before = run.stage("s", "k", {"a": 1}).path
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert run.stage("s", "k", {"a": 1}).path != before
+
+
 def test_bf16_is_not_chosen_where_it_would_be_emulated(monkeypatch) -> None:
     monkeypatch.setattr(runtime.Path, "read_text", lambda _self: "flags: avx2 avx512f")
     assert not runtime._bf16_gains("cpu", 224)

@@ -1,5 +1,7 @@
 """Squeeze and recover: the BN term against a plain reference, and all images at once against one by one."""
 
+import dataclasses
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -143,12 +145,8 @@ def test_an_artifact_comes_back_and_a_changed_file_does_not(tmp_path) -> None:
 
 def test_the_regulariser_changes_the_teacher_and_not_the_key_of_anything_else(tmp_path) -> None:
     task = make_task(tmp_path)
-    plain = Task(
-        **{
-            **{f: getattr(task, f) for f in task.__dataclass_fields__},
-            "recipe": task.recipe.model_copy(update={"regulariser": {"kind": "none"}}),
-        }
-    )
+    recipe = task.recipe.model_copy(update={"regulariser": {"kind": "none"}})
+    plain = dataclasses.replace(task, recipe=recipe)
     keys = [[s.folder.key for s in SRe2L().plan(t)] for t in (task, plain)]
     assert keys[0][0] != keys[1][0]
     a, b = (squeeze(t, load_digits()) for t in (task, plain))
@@ -170,6 +168,14 @@ def test_a_loss_that_is_not_finite_stops_at_once(tmp_path) -> None:
 def test_a_teacher_without_bn_is_refused(tmp_path) -> None:
     with pytest.raises(GuardbenchError, match="BN statistics"):
         squeeze(make_task(tmp_path, squeeze={"arch": "convnet-d3"}), load_digits())
+
+
+def test_a_wrong_regulariser_is_told_in_the_plan(tmp_path) -> None:
+    task = make_task(tmp_path)
+    words = {"kind": "curvature", "weight": 1.0}
+    recipe = task.recipe.model_copy(update={"regulariser": words})
+    with pytest.raises(GuardbenchError, match="regulariser curvature.*'h'"):
+        SRe2L().plan(dataclasses.replace(task, recipe=recipe))
 
 
 def test_a_wrong_recipe_names_its_field(tmp_path) -> None:
