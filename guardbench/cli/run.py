@@ -31,7 +31,7 @@ def run(
     seed: Annotated[
         int,
         typer.Option(
-            help="Root of every random choice but the students' seeds, which the protocol fixes.",
+            help="Root of every random choice; the protocol says which students.",
             min=0,
         ),
     ] = 0,

@@ -174,7 +174,7 @@ def test_a_wrong_regulariser_is_told_in_the_plan(tmp_path) -> None:
     task = make_task(tmp_path)
     words = {"kind": "curvature", "weight": 1.0}
     recipe = task.recipe.model_copy(update={"regulariser": words})
-    with pytest.raises(GuardbenchError, match="regulariser curvature.*'h'"):
+    with pytest.raises(GuardbenchError, match=r"regulariser curvature.*'h'"):
         SRe2L().plan(dataclasses.replace(task, recipe=recipe))
 
 
