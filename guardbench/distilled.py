@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -17,10 +16,10 @@ from guardbench import canonical
 from guardbench.data.catalog import CATALOG, class_names
 from guardbench.errors import GuardbenchError, brief
 from guardbench.models import Classifier, build_model, load_weights, save_weights
-from guardbench.protocol import Name, Strict, first_problem
+from guardbench.protocol import first_problem
+from guardbench.records import LabelKind, Name, Strict
 from guardbench.store import read_text, write_bytes, write_text
 
-LabelKind = Literal["hard", "soft", "teacher"]
 MANIFEST = "manifest.json"
 IMAGES = "images.safetensors"
 TEACHER = "teacher.safetensors"

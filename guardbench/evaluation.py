@@ -7,7 +7,6 @@ counted by `run_verified`'s harness, image by image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -306,9 +305,3 @@ def measured_test(protocol: Protocol, test: RealDataset) -> TestSet:
         list_sha256=list_digest(test.ids[i] for i in order),
         total=len(order),
     )
-
-
-def precisions(run: Run) -> dict[str, Any]:
-    """Effective precision of training and of attacks, for the record."""
-    return {"squeeze": run.precision, "recover": run.precision, "relabel": run.precision,
-            "student": run.precision, "attacks": "fp32"}  # fmt: skip

@@ -11,11 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
-
-from pydantic import Field
+from typing import Any, Protocol, get_args
 
 from guardbench import canonical
+from guardbench.board import (
+    BOARD_VERSION,
+    Board,
+    BoardHead,
+    Cost,
+    Row,
+    RowProvenance,
+    Source,
+    Tracks,
+)
 from guardbench.errors import GuardbenchError
 from guardbench.metrics import (
     Estimate,
@@ -26,20 +34,13 @@ from guardbench.metrics import (
     worst_case,
 )
 from guardbench.records import (
-    Artifact,
     LabelKind,
-    Method,
-    Name,
     ResultRecord,
-    Sha256,
-    Strict,
     load_record,
-    only_const,
     printable,
 )
 from guardbench.store import write_text
 
-BOARD_VERSION: Literal[1] = 1
 FOLDER = "leaderboards"
 # First word of the stages that evaluate; so do stages that begin with an attack's name. The others
 # (squeeze, recover, relabel, ...) distil.
@@ -77,78 +78,6 @@ class BoardProtocol(Protocol):
     @property
     def digest(self) -> str: ...  # noqa: D102
     def slice_of(self, attack: Any, position: int) -> tuple[int, int]: ...  # noqa: D102
-
-
-class Cost(Strict):
-    """Of all stages, those whose artifact an earlier run made included."""
-
-    distill_seconds: float
-    evaluate_seconds: float
-    peak_memory_bytes: int
-    device: str
-
-
-class Source(Strict):
-    """The record file behind a row: its path from the root, and the digest of its bytes."""
-
-    path: str
-    sha256: Sha256
-
-
-class RowProvenance(Strict):
-    """The essentials; the rest is in the record."""
-
-    guardbench: str
-    torch: str | None
-    commit: str | None
-    device: str
-    precision: dict[str, str]
-    test_data_sha256: Sha256
-
-
-class Row(Strict):
-    """One record on a board."""
-
-    rank: int = Field(ge=1)
-    method: Method
-    clean: Measurement
-    attacks: dict[str, Measurement]
-    worst_case: WorstMeasurement | None
-    cost: Cost
-    storage: Artifact
-    flags: tuple[str, ...]
-    record: Source
-    provenance: RowProvenance
-
-
-class Tracks(Strict):
-    """Rows by what the labels are; ranks are within a track and mean nothing across."""
-
-    hard: tuple[Row, ...]
-    soft: tuple[Row, ...]
-    teacher: tuple[Row, ...]
-
-
-class BoardHead(Strict):
-    """The protocol of a board."""
-
-    id: Name
-    title: str
-    sha256: Sha256
-    dataset: Name
-    resolution: int
-    threat: str
-    rank_by: str
-    attacks: tuple[str, ...]
-
-
-class Board(Strict):
-    """A file `leaderboards/<protocol>/ipc<k>.json`."""
-
-    schema_version: Literal[1] = Field(default=BOARD_VERSION, json_schema_extra=only_const)
-    protocol: BoardHead
-    ipc: int
-    tracks: Tracks
 
 
 @dataclass(frozen=True)

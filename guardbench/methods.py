@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, field_validator
 
 import guardbench
 from guardbench.errors import GuardbenchError
-from guardbench.protocol import Name, Strict, first_problem, read_toml, unknown
+from guardbench.protocol import first_problem, read_toml, unknown
+from guardbench.records import Name, Strict
 
 
 def _no_regulariser() -> dict[str, str | float | int]:

@@ -18,8 +18,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -28,6 +26,7 @@ from pydantic import (
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
+from guardbench.records import Name, Strict
 from guardbench.store import read_text
 from guardbench.threat import Norm, ThreatModel
 
@@ -35,8 +34,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._+-]{0,63}$")]
 
 
 def _share(scale: tuple[float, float]) -> tuple[float, float]:
@@ -46,12 +43,6 @@ def _share(scale: tuple[float, float]) -> tuple[float, float]:
 
 
 CropScale = Annotated[tuple[float, float], AfterValidator(_share)]
-
-
-class Strict(BaseModel):
-    """Unknown fields are refused and nothing changes after it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Threat(Strict):
@@ -223,8 +214,8 @@ def list_digest(ids: Iterable[str]) -> str:
 
 def parse_fraction(text: str) -> Fraction:
     """`1/255`, `0.25/255` or `0.3` as an exact fraction; ValueError when it is none."""
-    above, _, below = text.partition("/")
-    return Fraction(above) / Fraction(below or 1)
+    above, slash, below = text.partition("/")
+    return Fraction(above.strip()) / Fraction(below.strip() if slash else 1)
 
 
 def read_toml(path: Path, *, what: str) -> dict[str, Any]:

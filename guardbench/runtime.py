@@ -182,7 +182,8 @@ class StageFolder:
             state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
             if state["key"] != self.key:
                 raise ValueError("it belongs to another stage")
-        # torch raises many kinds for a damaged file, and each means the same.
+        # Broad on purpose: torch's restricted unpickler raises struct.error, IndexError and more for
+        # damaged bytes, no list of them is complete, and each means the same to the user.
         except Exception as error:
             raise GuardbenchError(
                 f"{self.checkpoint_path}: unreadable checkpoint "

@@ -24,7 +24,8 @@ from guardbench.distilled import MANIFEST, DistilledDataset, load_distilled, sav
 from guardbench.distillers.base import PlannedStage, Task
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, batch_norms, build_model, load_weights, save_weights
-from guardbench.protocol import CropScale, Name, Strict, first_problem
+from guardbench.protocol import CropScale, first_problem
+from guardbench.records import Name, Strict
 from guardbench.runtime import StageFolder, check_finite
 
 TEACHER = "teacher.safetensors"

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from guardbench import canonical, leaderboard
+from guardbench.board import Board
 from guardbench.cli.leaderboard import app
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
-from guardbench.leaderboard import Board, RecordFile, build_leaderboard, rebuild
+from guardbench.leaderboard import RecordFile, build_leaderboard, rebuild
 from guardbench.records import Outcome, ResultRecord, SeedRun, load_record, save_record
 from guardbench.report import differences
 from guardbench.threat import ThreatModel

@@ -16,6 +16,7 @@ ROOMS = [
     ["errors", "canonical", "threat"],
     ["store", "progress"],
     ["protocol", "methods", "migrations", "records", "metrics", "registry"],
+    ["board"],
     ["leaderboard", "report"],
     ["runtime"],
     ["data"],
@@ -29,7 +30,7 @@ ROOMS = [
     ["pipeline"],
     ["cli", "__main__"],
 ]
-LIGHT = 4  # rooms before this one never import torch
+LIGHT = 5  # rooms before this one never import torch
 ONLY_DOORS = {
     "pyautoattack": "attacks/autoattack.py",
     "robustbench": "attacks/robustbench.py",
