@@ -1,7 +1,8 @@
 """Students x attacks: how accurate is a model trained on this distilled dataset?
 
 Nothing here knows who made the dataset. Attacks see float32 students in eval mode; each outcome is
-counted by `run_verified`'s harness, image by image.
+counted by `run_verified`'s harness, image by image. Attacks search a faster copy of the
+student; the verdicts are the student's own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guardbench.attacks.base import Attack, plan_batches, run_batch, score_clean
 from guardbench.attacks.build import build_attack
@@ -17,7 +18,7 @@ from guardbench.canonical import derive_seed
 from guardbench.data.dataset import RealDataset
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
-from guardbench.models import Classifier
+from guardbench.models import Classifier, folded
 from guardbench.protocol import AttackSpec, Protocol, list_digest
 from guardbench.records import Artifact, Outcome, SeedRun, StageCost, TestSet
 from guardbench.runtime import Run, stage_cost
@@ -168,12 +169,13 @@ def evaluate(
             )
         with costs.of(seed.clean):
             clean = _score(run, model, x, y, seed.clean)
+        fast = folded(model, x[:1].to(run.device))
         outcomes: dict[str, Outcome] = {}
         for spec, stage in zip(protocol.attacks, seed.attacks, strict=True):
             with costs.of(stage):
                 before = shared_square(protocol, spec)
                 outcomes[spec.name] = _attack(
-                    run, protocol, spec, seed, stage, model, x, y,
+                    run, protocol, spec, seed, stage, model, fast, x, y,
                     clean if before is None else outcomes[before.name],
                     without_square=before is not None,
                 )  # fmt: skip
@@ -243,6 +245,7 @@ def _attack(
     seed: SeedPlan,
     stage: PlannedStage,
     model: Classifier,
+    fast: nn.Module,
     x: Tensor,
     y: Tensor,
     before: Outcome,
@@ -269,7 +272,7 @@ def _attack(
     decided = int((~right).sum()) + sum(len(b) for b in batches[:begun])
     with run.progress.stage(folder.name, count, "images", decided) as bar:
         for number, index in enumerate(batches[begun:], start=begun + 1):
-            outcome = run_batch(attack, model, x, y, index, seed=named)
+            outcome = run_batch(attack, model, x, y, index, seed=named, searched=fast)
             robust[index], distance[index] = ~outcome.broken, outcome.distance
             left = sum(len(b) for b in batches[number:])
             bar.advance(len(index), f"{int(robust.sum()) - left} robust so far")

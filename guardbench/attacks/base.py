@@ -146,6 +146,7 @@ def run_batch(
     index: Tensor,
     *,
     seed: int,
+    searched: nn.Module | None = None,
     rescore_batch_size: int | None = None,
 ) -> BatchOutcome:
     """Attacks the images `index` of `x` and judges the result; one step of `run_verified`.
@@ -160,6 +161,8 @@ def run_batch(
         y: int64 [N].
         index: int64 [n], rows of `x` that the model gets right; see `plan_batches`.
         seed: handed to the attack as it is.
+        searched: what the attack sees instead of `model`: the same function in a faster form, such
+            as `models.folded`. The verdicts are always those of `model`.
         rescore_batch_size: of the second scoring; default half the batch. One image is scored
             beside a copy of itself, and a size that holds the whole batch becomes n + 1, so
             that the two scorings never share a batch size.
@@ -172,8 +175,9 @@ def run_batch(
         raise GuardbenchError(f"the batch size must be positive, not {rescore_batch_size}")
     images, labels = _on_device_of(model, x[index], y[index])
     _require_unit_range(images)
-    with frozen(model):
-        found = attack.perturb(model, images.clone(), labels.clone(), seed=seed)
+    seen = model if searched is None else searched
+    with frozen(model), frozen(seen):
+        found = attack.perturb(seen, images.clone(), labels.clone(), seed=seed)
         require_eval(model)
         adv, distance = _inside(attack, found, images, index)
         broken = _broken(model, adv, labels, index, rescore_batch_size)

@@ -7,8 +7,10 @@ from guardbench.models import (
     ARCHITECTURES,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    SmallMapConv2d,
     batch_norms,
     build_model,
+    folded,
     load_weights,
     running_statistics_kept,
     save_weights,
@@ -123,3 +125,64 @@ def test_an_unknown_architecture_names_the_nearest() -> None:
 def test_a_convnet_that_pools_everything_away_is_refused() -> None:
     with pytest.raises(GuardbenchError, match="8 px or more"):
         build_model("convnet-d3", channels=1, classes=4, resolution=4, seed=1)
+
+
+@pytest.mark.parametrize("resolution", [16, 64])
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_a_folded_model_has_no_bn_and_the_same_logits_and_input_gradients(
+    arch: str, resolution: int
+) -> None:
+    model = build_model(arch, channels=3, classes=7, resolution=resolution, seed=0).eval()
+    model = (
+        model.double()
+    )  # in float32 a pre-activation beside 0 may fall on either side of the ReLU
+    generator = torch.Generator().manual_seed(0)
+    for norm in batch_norms(model):
+        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            assert value is not None
+            value.data.uniform_(0.5, 1.5, generator=generator)
+    fast = folded(model, torch.zeros(1, 3, resolution, resolution, dtype=torch.float64))
+    assert not batch_norms(fast)
+    assert not any(weight.requires_grad for weight in fast.parameters())
+    x = torch.rand(
+        4, 3, resolution, resolution, generator=generator, dtype=torch.float64
+    ).requires_grad_()
+    want, got = model(x), fast(x)
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(logits[:, 0].sum(), x)[0] for logits in (want, got)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert batch_norms(model) or arch == "convnet-d3", "the model itself keeps its BN"
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [1, 2, 4, 5])
+def test_small_map_convolution_has_pytorchs_gradients(kernel: int, stride: int, side: int) -> None:
+    make = {"kernel_size": kernel, "stride": stride, "padding": kernel // 2, "bias": False}
+    fast = SmallMapConv2d(3, 5, **make, dtype=torch.float64)
+    plain = nn.Conv2d(3, 5, **make, dtype=torch.float64)
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(4, 3, side, side, dtype=torch.float64, requires_grad=True)
+    found = []
+    for layer in (fast, plain):
+        out = layer(x)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (x, layer.weight))))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_small_map_convolution_can_be_differentiated_twice() -> None:
+    layer = SmallMapConv2d(2, 3, 3, padding=1, bias=False, dtype=torch.float64)
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def output(images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, images)
+
+    assert torch.autograd.gradgradcheck(output, (x, layer.weight.detach().requires_grad_()))
+
+
+def test_resnets_train_through_the_small_map_convolution() -> None:
+    net = build_model("resnet18", channels=3, classes=2, resolution=64, seed=0)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 20
+    assert all(isinstance(m, SmallMapConv2d) for m in convolutions)
