@@ -82,9 +82,17 @@ def random_start(x: Tensor, threat: ThreatModel, seed: int, restart: int = 0) ->
     return project(x + torch.stack(noise).to(x.device, x.dtype), x, threat)
 
 
+def content_generator(image: Tensor, seed: int, *names: str | int) -> torch.Generator:
+    """Random numbers, on the CPU, that are a function of `seed`, `names` and the image's own bytes.
+
+    They depend neither on the device nor on the images that share a batch with this one.
+    """
+    key = hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return torch.Generator().manual_seed(derive_seed(seed, *names, key))
+
+
 def _noise(image: Tensor, threat: ThreatModel, seed: int, restart: int) -> Tensor:
-    key = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
-    generator = torch.Generator().manual_seed(derive_seed(seed, "start", restart, key))
+    generator = content_generator(image, seed, "start", restart)
     eps = float(threat.eps)
     if threat.norm == "linf":
         return torch.empty(image.shape).uniform_(-eps, eps, generator=generator)

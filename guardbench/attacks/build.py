@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from guardbench.attacks.base import Attack
 
 ATTACKS: dict[str, str] = {
+    "apgd": "guardbench.attacks.apgd:APGD",
     "autoattack": "guardbench.attacks.autoattack:AutoAttack",
     "cw": "guardbench.attacks.cw:CW",
+    "fab": "guardbench.attacks.fab:FAB",
     "fgsm": "guardbench.attacks.fgsm:FGSM",
     "mim": "guardbench.attacks.mim:MIM",
     "pgd": "guardbench.attacks.pgd:PGD",
-    "square": "guardbench.attacks.autoattack:Square",
+    "square": "guardbench.attacks.square:Square",
 }
 
 

@@ -1,0 +1,160 @@
+"""The reference engine: pyautoattack's own evaluation, untouched; no other module imports it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guardbench.attacks.base import frozen
+from guardbench.errors import GuardbenchError
+from guardbench.threat import ThreatModel
+
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+MIN_CLASSES = {"standard": 4, "plus": 4, "rand": 3}
+
+logger = logging.getLogger(__name__)
+
+
+def reference_autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    seed: int,
+    *,
+    version: str,
+    square: bool,
+) -> Tensor:
+    """pyautoattack's ensemble; images that survive come back unchanged.
+
+    The package draws random numbers for a whole batch at once, so verdicts on images near the
+    boundary can depend on which images share the batch.
+
+    Args:
+        version: `standard`, `plus` or `rand`.
+        square: False leaves Square out.
+
+    Raises:
+        GuardbenchError: under 4 classes (3 for `rand`), or images whose height Square cannot tile
+            in l2 or l1.
+    """
+    needed = MIN_CLASSES[version]
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    if classes < needed:
+        raise GuardbenchError(
+            f"AutoAttack {version} needs at least {needed} classes for its DLR loss, not"
+            f" {classes}; use pgd and square instead"
+        )
+    if square and version != "rand":
+        _require_tiles(threat, x)
+
+    def adjust(engine: Any) -> None:
+        for part in (engine.apgd_targeted, engine.fab):
+            part.n_target_classes = min(part.n_target_classes, classes - 1)
+        if not square and "square" in engine.attacks_to_run:
+            engine.attacks_to_run.remove("square")
+
+    return _run(model, x, y, threat, seed, {"version": version}, adjust)
+
+
+def reference_square(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, *, queries: int
+) -> Tensor:
+    """pyautoattack's Square, as it is inside AutoAttack, with another number of queries.
+
+    All images of a batch share their squares, so a verdict can depend on the batch.
+
+    Raises:
+        GuardbenchError: images whose height Square cannot tile in l2 or l1.
+    """
+    _require_tiles(threat, x)
+
+    def adjust(engine: Any) -> None:
+        engine.square.n_queries = queries
+
+    settings: dict[str, object] = {"version": "custom", "attacks": ["square"]}
+    return _run(model, x, y, threat, seed, settings, adjust)
+
+
+def _run(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    seed: int,
+    settings: dict[str, object],
+    adjust: Callable[[Any], None],
+) -> Tensor:
+    """pyautoattack's own evaluation of these images, in one batch, leaving nothing else moved."""
+    with frozen(model), _isolated(x.device):
+        from pyautoattack import AutoAttack as Engine  # type: ignore[import-untyped]
+
+        engine = Engine(
+            model,
+            eps=float(threat.eps),
+            norm=NORMS[threat.norm],
+            seed=seed,
+            device=x.device,
+            **settings,
+        )
+        engine.verbose = False
+        adjust(engine)
+        adv, _ = engine.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
+    found: Tensor = adv.detach()
+    return found
+
+
+@contextmanager
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Keeps what pyautoattack does to the process inside: random state, tracer, log, counters.
+
+    It seeds torch's global generators, switches off `sys.settrace` (a debugger, coverage) and
+    writes its warnings about the model to a logger that prints by default. The warnings reach
+    this module's logger instead, at level INFO. Its check for models that call autograd counts
+    in a global that is never reset, so one such model would mark all later ones.
+    """
+    from pyautoattack import checks
+
+    def forward(record: logging.LogRecord) -> bool:
+        logger.info("pyautoattack: %s", record.getMessage())
+        return False
+
+    # Seeding touches every CUDA device, but only once CUDA is in use at all.
+    in_use = device.type == "cuda" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if in_use else ()
+    source, tracer = logging.getLogger("auto-attack"), sys.gettrace()
+    checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+    source.addFilter(forward)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        source.removeFilter(forward)
+        sys.settrace(tracer)
+
+
+def _require_tiles(threat: ThreatModel, x: Tensor) -> None:
+    """Refuses sizes at which Square's first tiling (l2, l1) would not fit, which crashes it.
+
+    It lays squares of `s = height // 5` from `(height - 5 s) // 2` on, `height // s` of them:
+    the last may stick out by less than a square only if `s` is 1.
+    """
+    if threat.norm == "linf":
+        return
+    height, width = x.shape[2:]
+    side = height // 5
+    if side > 1:
+        start = (height - 5 * side) // 2
+        end = start + side * (height // side)
+    if side == 0 or (side > 1 and end > min(height, width)):
+        raise GuardbenchError(
+            f"Square in {threat.norm} (of pyautoattack) cannot tile {height} x {width} images;"
+            " another resolution or linf works"
+        )

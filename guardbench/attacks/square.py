@@ -1,0 +1,132 @@
+"""Square: random search over squares, by the model's answers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from guardbench.attacks.ball import content_generator, per_image
+from guardbench.attacks.base import Engine
+from guardbench.attacks.reference import reference_square
+from guardbench.attacks.stream import Rows, stream
+from guardbench.errors import GuardbenchError
+from guardbench.threat import ThreatModel
+
+P_INIT = 0.8
+HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""Share of the image that a square covers at first, and the queries after which it is halved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    """Square Attack (Andriushchenko et al., ECCV 2020, arXiv:1912.00049, algorithms 1 and 2).
+
+    In l-inf it starts at vertical stripes of plus and minus the radius; each query moves one random
+    square of every channel to one end of the ball and keeps it if the margin loss falls. As in
+    AutoAttack: p = 0.8, one restart, a schedule not rescaled to the number of queries. A proposal
+    that changes no pixel is counted and not sent to the model, since its answer is known.
+
+    Attributes:
+        threat: the ball; l-inf, or l2 and l1 through the reference engine.
+        queries: proposals an image, at most.
+        engine: `reference` runs pyautoattack's in l-inf too.
+    """
+
+    threat: ThreatModel
+    queries: int = 5000
+    engine: Engine = "guardbench"
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise GuardbenchError(f"queries must be positive: {self}")
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
+        """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
+
+        Raises:
+            GuardbenchError: images whose height Square cannot tile in l2 or l1.
+        """
+        if not len(x):
+            return x.clone()
+        if self.engine == "reference" or self.threat.norm != "linf":
+            return reference_square(model, x, y, self.threat, seed, queries=self.queries)
+        return stream(_Search(self, seed), model, x, y)
+
+
+class _Search:
+    """See `Search`. `adv` is the best image so far, `draws` the random numbers of all queries."""
+
+    def __init__(self, attack: Square, seed: int) -> None:
+        self.attack, self.seed = attack, seed
+
+    def begin(self, x: Tensor, y: Tensor, image: Tensor, job: Tensor) -> Rows:  # noqa: ARG002
+        stripes, draws = [], []
+        for clean in x:
+            generator = content_generator(clean, self.seed, "square")
+            shape = (x.shape[1], 1, x.shape[3])
+            stripes.append(_signs(torch.rand(shape, generator=generator)))
+            draws.append(torch.rand(self.attack.queries, 2 + x.shape[1], generator=generator))
+        start = x + float(self.attack.threat.eps) * torch.stack(stripes).to(x)
+        return {
+            "x": x,
+            "y": y,
+            "adv": start.clamp_(0, 1),
+            "margin": x.new_full((len(x),), torch.inf),
+            "draws": torch.stack(draws).to(x),
+            "step": torch.zeros(len(x), dtype=torch.int64, device=x.device),
+        }
+
+    def advance(self, model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
+        first = rows["margin"].isinf()
+        proposal = torch.where(per_image(first, rows["x"]), rows["adv"], self._propose(rows))
+        changed = (proposal != rows["adv"]).flatten(1).any(1) | first
+        hit = torch.zeros_like(changed)
+        if changed.any():
+            with torch.no_grad():
+                logits = model(proposal[changed])
+            margin, wrong = _margin(logits, rows["y"][changed])
+            kept = (margin < rows["margin"][changed]) | wrong
+            place = changed.nonzero().squeeze(1)[kept]
+            # Out of place: the rows may share memory with others before their first change.
+            rows["adv"] = rows["adv"].index_copy(0, place, proposal[place])
+            rows["margin"] = rows["margin"].index_copy(0, place, margin[kept])
+            hit[changed] = wrong
+        rows["step"] = rows["step"] + (~first)
+        return hit, rows["step"] == self.attack.queries
+
+    def _propose(self, rows: Rows) -> Tensor:
+        x, eps = rows["x"], float(self.attack.threat.eps)
+        channels, high, wide = x.shape[1:]
+        step = rows["step"].clamp_max(self.attack.queries - 1)
+        draw = rows["draws"][torch.arange(len(x), device=x.device), step]
+        side = square_side(step, high, wide)
+        top = (draw[:, 0] * (high - side + 1)).long()
+        left = (draw[:, 1] * (wide - side + 1)).long()
+        down = torch.arange(high, device=x.device)
+        right = torch.arange(wide, device=x.device)
+        tall = (down >= top[:, None]) & (down < (top + side)[:, None])
+        broad = (right >= left[:, None]) & (right < (left + side)[:, None])
+        inside = tall[:, None, :, None] & broad[:, None, None, :]
+        end = eps * _signs(draw[:, 2:]).view(-1, channels, 1, 1)
+        return torch.where(inside, (x + end).clamp_(0, 1), rows["adv"])
+
+
+def square_side(query: Tensor, high: int, wide: int) -> Tensor:
+    """Side of the square in pixels at each query (int64 [n], from 0), at least 1."""
+    halvings = torch.zeros_like(query)
+    for at in HALVED_AT:
+        halvings += query > at
+    area = P_INIT / 2.0**halvings * high * wide
+    return area.sqrt().round().long().clamp(1, min(high, wide))
+
+
+def _signs(uniform: Tensor) -> Tensor:
+    return torch.where(uniform < 0.5, -1.0, 1.0)
+
+
+def _margin(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+    return own - other, logits.argmax(1) != y
