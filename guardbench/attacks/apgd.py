@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guardbench.attacks.ball import per_image, project, random_start, require_norm, steepest
-from guardbench.attacks.stream import Rows, stream
+from guardbench.attacks.stream import Rows, gradient_of, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
@@ -24,9 +24,9 @@ class APGD:
     """Auto-PGD (Croce & Hein, ICML 2020, arXiv:2003.01690, section 3 and algorithm 1).
 
     Starts at a random point with a step of twice the radius. At checkpoints (equation 2) the step is
-    halved, and the search goes back to its best point, when fewer than three quarters of the steps
-    since the last checkpoint raised the loss, or when neither step nor best loss have changed
-    (section 3.1, conditions 1 and 2).
+    halved, and the search goes back to its best point, when at most three quarters of the steps
+    since the last checkpoint raised the loss (the authors' code; the paper has "fewer than"), or
+    when neither step nor best loss have changed (section 3.1, conditions 1 and 2).
 
     Attributes:
         threat: the ball; l-inf or l2.
@@ -49,7 +49,8 @@ class APGD:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
 
         Raises:
-            GuardbenchError: the targeted DLR loss on a model of fewer than 4 classes.
+            GuardbenchError: the targeted DLR loss on a model of fewer than 4 classes, or a model
+            that lets no gradient through.
         """
         if not len(x):
             return x.clone()
@@ -98,8 +99,7 @@ class _Search:
         with torch.enable_grad():
             logits = model(adv)
             loss = self._loss(logits, rows)
-        (gradient,) = torch.autograd.grad(loss.sum(), adv)
-        loss = loss.detach()
+        gradient, loss = gradient_of(loss, adv), loss.detach()
         hit = logits.detach().argmax(1) != rows["y"]
         over = rows["step"] == self.attack.steps
         with torch.no_grad():

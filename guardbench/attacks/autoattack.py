@@ -13,6 +13,7 @@ from guardbench.attacks.base import Attack, Engine
 from guardbench.attacks.fab import FAB
 from guardbench.attacks.reference import MIN_CLASSES, reference_autoattack
 from guardbench.attacks.square import Square
+from guardbench.attacks.targets import require_classes
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
@@ -60,6 +61,8 @@ class AutoAttack:
             return reference_autoattack(
                 model, x, y, self.threat, seed, version=self.version, square=self.square
             )
+        with torch.no_grad():  # before any work, even where the first part would break all
+            require_classes(model(x[:1]))
         adv, live = x.clone(), torch.arange(len(x), device=x.device)
         for part in self.parts():
             found = part.perturb(model, x[live], y[live], seed=seed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.ball import length, per_image, require_norm
-from guardbench.attacks.stream import Rows, stream
+from guardbench.attacks.stream import Rows, gradient_of, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
@@ -46,7 +46,7 @@ class FAB:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
 
         Raises:
-            GuardbenchError: a model of fewer than 4 classes.
+            GuardbenchError: a model of fewer than 4 classes, or one that lets no gradient through.
         """
         if not len(x):
             return x.clone()
@@ -107,9 +107,8 @@ def _linearise(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         logits = model(point)
         picked = logits.gather(1, torch.stack([rows["target"], rows["y"]], 1))
-        gap = picked[:, 0] - picked[:, 1]
-    (gradient,) = torch.autograd.grad(gap.sum(), point)
-    return gap.detach(), gradient, logits.detach().argmax(1) != rows["y"]
+        gap = (picked[:, 0] - picked[:, 1]).to(point.dtype)
+    return gap.detach(), gradient_of(gap, point), logits.detach().argmax(1) != rows["y"]
 
 
 def _approach(x: Tensor, point: Tensor, gap: Tensor, gradient: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class Square:
 
 
 class _Search:
-    """See `Search`. `adv` is the best image so far, `draws` the random numbers of all queries."""
+    """See `Search`. `adv` is the best image so far, `draws` the random numbers of all queries, `step`
+    the number of the next one, -1 before the stripes have been judged."""
 
     def __init__(self, attack: Square, seed: int) -> None:
         self.attack, self.seed = attack, seed
@@ -75,11 +76,11 @@ class _Search:
             "adv": start.clamp_(0, 1),
             "margin": x.new_full((len(x),), torch.inf),
             "draws": torch.stack(draws).to(x),
-            "step": torch.zeros(len(x), dtype=torch.int64, device=x.device),
+            "step": torch.full((len(x),), -1, device=x.device),
         }
 
     def advance(self, model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
-        first = rows["margin"].isinf()
+        first = rows["step"] < 0
         proposal = torch.where(per_image(first, rows["x"]), rows["adv"], self._propose(rows))
         changed = (proposal != rows["adv"]).flatten(1).any(1) | first
         hit = torch.zeros_like(changed)
@@ -87,19 +88,20 @@ class _Search:
             with torch.no_grad():
                 logits = model(proposal[changed])
             margin, wrong = _margin(logits, rows["y"][changed])
+            margin = margin.to(rows["margin"].dtype)  # of a model that answers in another
             kept = (margin < rows["margin"][changed]) | wrong
             place = changed.nonzero().squeeze(1)[kept]
             # Out of place: the rows may share memory with others before their first change.
             rows["adv"] = rows["adv"].index_copy(0, place, proposal[place])
             rows["margin"] = rows["margin"].index_copy(0, place, margin[kept])
             hit[changed] = wrong
-        rows["step"] = rows["step"] + (~first)
+        rows["step"] = rows["step"] + 1
         return hit, rows["step"] == self.attack.queries
 
     def _propose(self, rows: Rows) -> Tensor:
         x, eps = rows["x"], float(self.attack.threat.eps)
         channels, high, wide = x.shape[1:]
-        step = rows["step"].clamp_max(self.attack.queries - 1)
+        step = rows["step"].clamp_min(0)
         draw = rows["draws"][torch.arange(len(x), device=x.device), step]
         side = square_side(step, high, wide)
         top = (draw[:, 0] * (high - side + 1)).long()

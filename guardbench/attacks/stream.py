@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from guardbench.errors import GuardbenchError
+
 Rows = dict[str, Tensor]
 """Per-row tensors [n, ...] of the searches in the batch. `stream` owns `image` (int64, the place in
 its `x`); a search owns the rest, of which `adv` is the image that it stands at."""
@@ -69,11 +71,14 @@ def stream(
         capacity: rows at once, `rows_at_once` unless told; changes speed alone.
 
     Returns:
-        Images [N, C, H, W]: adversarial where broken, clean elsewhere.
+        Images [N, C, H, W]: adversarial where broken, clean elsewhere. Of an image with several
+        jobs the verdict is the same at any capacity, but which job breaks it first is not.
     """
     count = len(x)
     if capacity is None:
         capacity = rows_at_once(x)
+    if capacity < 1:
+        raise GuardbenchError(f"the capacity must be positive, not {capacity}")
     found, broken = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
     rows: Rows = {}
     ahead = 0
@@ -91,11 +96,35 @@ def stream(
             return found
         hit, over = search.advance(model, rows)
         if hit.any():
-            found[rows["image"][hit]] = rows["adv"][hit]
-            broken[rows["image"][hit]] = True
+            place = hit.nonzero().squeeze(1)
+            place = place[_firsts(rows["image"][place])]
+            found[rows["image"][place]] = rows["adv"][place]
+            broken[rows["image"][place]] = True
         gone = over | broken[rows["image"]]
         if gone.any():
             rows = {k: v[~gone] for k, v in rows.items()}
+
+
+def gradient_of(values: Tensor, point: Tensor) -> Tensor:
+    """Gradient of every row's value [n] in its own row of `point` [n, ...].
+
+    Raises:
+        GuardbenchError: no gradient reaches the images.
+    """
+    if not values.requires_grad:
+        raise GuardbenchError(
+            "no gradient reaches the images: the model detaches its input or runs without"
+            " autograd, so only a black-box attack (square) can judge it"
+        )
+    (gradient,) = torch.autograd.grad(values.sum(), point)
+    return gradient
+
+
+def _firsts(image: Tensor) -> Tensor:
+    """Where every value of `image` [n] occurs first: writing two rows to one place is undefined."""
+    order = image.argsort(stable=True)
+    ordered = image[order]
+    return order[torch.cat([ordered.new_ones(1).bool(), ordered[1:] != ordered[:-1]])]
 
 
 def _take(ahead: int, room: int, count: int, jobs: int, broken: Tensor) -> tuple[Tensor, int]:
