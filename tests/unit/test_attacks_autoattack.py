@@ -1,4 +1,4 @@
-"""AutoAttack and Square: the package's own answers, and nothing else in the process moved."""
+"""The reference engine: pyautoattack's own answers, and nothing else in the process moved."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.autoattack import AutoAttack, Square
+from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_verified
+from guardbench.attacks.square import Square
 from guardbench.errors import GuardbenchError
 from guardbench.threat import Norm, ThreatModel
 
@@ -86,13 +87,14 @@ def test_autoattack_reaches_the_exact_answer(norm, classes, monkeypatch):
         return run(self, *arguments)
 
     monkeypatch.setattr(pyautoattack.square.SquareAttack, "perturb", short)
-    outcome = run_verified(AutoAttack(threat=threat), model, x, y, seed=0)
+    outcome = run_verified(AutoAttack(threat=threat, engine="reference"), model, x, y, seed=0)
     assert torch.equal(outcome.robust, robust)
 
 
 def test_square_comes_close_from_above():
     model, x, y, threat, ratio = exact_case(3, "linf", 8)
-    robust = run_verified(Square(threat=threat, queries=1500), model, x, y, seed=0).robust
+    attack = Square(threat=threat, queries=1500, engine="reference")
+    robust = run_verified(attack, model, x, y, seed=0).robust
     assert (robust >= (ratio > 1)).all()
     assert not robust[ratio < 0.75].any()
     assert 25 < robust.sum() < 40
@@ -116,9 +118,11 @@ def test_equal_to_the_package_called_directly(threat):
     norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
     reference = pyautoattack.AutoAttack(model, norm=norm, eps=float(threat.eps), seed=7)
     expected, _ = reference.run_standard_evaluation(x, y, batch_size=10)
-    assert torch.equal(AutoAttack(threat=threat).perturb(model, x, y, seed=7), expected)
+    # l2 and l1 go through pyautoattack whatever the engine is called.
+    attack = AutoAttack(threat=threat, engine="reference" if norm == "Linf" else "guardbench")
+    assert torch.equal(attack.perturb(model, x, y, seed=7), expected)
     assert 0 < (expected != x).flatten(1).any(1).sum() < 10
-    outcome = run_verified(AutoAttack(threat=threat), model, x, y, seed=7)
+    outcome = run_verified(attack, model, x, y, seed=7)
     assert not outcome.robust[0]
 
     reference = pyautoattack.AutoAttack(
@@ -126,7 +130,7 @@ def test_equal_to_the_package_called_directly(threat):
     )
     reference.square.n_queries = 60
     expected, _ = reference.run_standard_evaluation(x, y, batch_size=10)
-    found = Square(threat=threat, queries=60).perturb(model, x, y, seed=7)
+    found = Square(threat=threat, queries=60, engine=attack.engine).perturb(model, x, y, seed=7)
     assert torch.equal(found, expected)
 
 
@@ -141,14 +145,25 @@ def test_square_asks_as_often_as_it_is_told():
 
     x, y = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
     for queries in (1, 41):
-        Square(threat=LINF, queries=queries).perturb(Counting().eval(), x, y, seed=0)
+        Square(threat=LINF, queries=queries, engine="reference").perturb(
+            Counting().eval(), x, y, seed=0
+        )
     few, count = count, 0
-    Square(threat=LINF).perturb(Counting().eval(), x, y, seed=0)
+    Square(threat=LINF, engine="reference").perturb(Counting().eval(), x, y, seed=0)
     assert count - few == 5000 - 42 - (few - 42) // 2
 
 
 @pytest.mark.usefixtures("_quick")
-@pytest.mark.parametrize("attack", [AutoAttack(threat=LINF), Square(threat=LINF, queries=20)])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        AutoAttack(threat=LINF, engine="reference"),
+        Square(threat=LINF, queries=20, engine="reference"),
+        AutoAttack(threat=LINF, square=False),
+        Square(threat=LINF, queries=20),
+    ],
+    ids=repr,
+)
 def test_the_rest_of_the_process_is_left_alone(attack, capfd):
     model = network()
     with torch.no_grad():
@@ -173,16 +188,17 @@ def test_the_warnings_of_the_package_reach_our_log(caplog):
     model = nn.Sequential(network(), nn.Softmax(1)).eval()
     x, y = images(model, 3, size=8)
     with caplog.at_level(logging.INFO, logger="guardbench"):
-        AutoAttack(threat=LINF).perturb(model, x, y, seed=1)
+        AutoAttack(threat=LINF, engine="reference").perturb(model, x, y, seed=1)
     assert any("probability distribution" in record.message for record in caplog.records)
-    assert {record.name for record in caplog.records} == {"guardbench.attacks.autoattack"}
+    assert {record.name for record in caplog.records} == {"guardbench.attacks.reference"}
 
 
 def test_under_four_classes_is_one_clear_line():
     model = linear(3)
     x, y = images(model, 4)
+    attack = AutoAttack(threat=LINF, engine="reference")
     with pytest.raises(GuardbenchError, match="needs at least 4 classes for its DLR loss, not 3"):
-        run_verified(AutoAttack(threat=LINF), model, x, y, seed=0)
+        run_verified(attack, model, x, y, seed=0)
     assert AutoAttack(threat=LINF, version="rand").perturb(model, x, y, seed=0).shape == x.shape
     with pytest.raises(GuardbenchError, match="version must be one of standard, plus, rand"):
         AutoAttack(threat=LINF, version="fast")  # type: ignore[arg-type]
@@ -206,7 +222,8 @@ def test_targets_are_the_official_number_or_all_other_classes(
 
     monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", listen)
     model = network(classes)
-    AutoAttack(threat=threat).perturb(model, *images(model, 3, size=8), seed=0)
+    attack = AutoAttack(threat=threat, engine="reference")
+    attack.perturb(model, *images(model, 3, size=8), seed=0)
     assert asked == [(apgd, fab, 5000)]
 
 
@@ -223,7 +240,8 @@ def test_square_can_be_left_out(version, monkeypatch):
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", listen)
-    AutoAttack(threat=LINF, version=version, square=False).perturb(model, x, y, seed=0)
+    attack = AutoAttack(threat=LINF, version=version, square=False, engine="reference")
+    attack.perturb(model, x, y, seed=0)
     assert "square" not in ran
     assert ran[0] == "apgd-ce"
 
@@ -234,7 +252,11 @@ def test_square_can_be_left_out(version, monkeypatch):
 def test_few_images(count, threat):
     model = network()
     x, y = images(model, 2, size=8)
-    for attack in (AutoAttack(threat=threat), Square(threat=threat, queries=10)):
+    engine = "reference"
+    for attack in (
+        AutoAttack(threat=threat, engine=engine),
+        Square(threat=threat, queries=10, engine=engine),
+    ):
         outcome = run_verified(attack, model, x[:count], y[:count], seed=0)
         assert outcome.robust.shape == (count,)
 

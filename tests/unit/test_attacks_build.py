@@ -19,6 +19,8 @@ from guardbench.threat import ThreatModel
 
 LINF = ThreatModel("linf", Fraction(1, 5))
 QUICK: dict[str, dict[str, object]] = {
+    "apgd": {"steps": 3},
+    "fab": {"steps": 3},
     "pgd": {"steps": 3, "step": "2.5/255"},
     "square": {"queries": 20},
     "autoattack": {"version": "rand"},
@@ -68,8 +70,12 @@ def test_defaults_are_those_of_the_guard_tables():
     assert repr(build_attack("cw", threat, {})) == (
         "CW(threat=None, c=0.0001, steps=50, lr=0.01, kappa=0.0)"
     )
-    assert repr(build_attack("square", threat, {})).endswith("queries=5000)")
-    assert repr(build_attack("autoattack", threat, {})).endswith("version='standard', square=True)")
+    assert repr(build_attack("square", threat, {})).endswith("queries=5000, engine='guardbench')")
+    assert repr(build_attack("autoattack", threat, {})).endswith(
+        "version='standard', square=True, engine='guardbench')"
+    )
+    assert repr(build_attack("apgd", threat, {})).endswith("loss='ce', steps=100, targets=9)")
+    assert repr(build_attack("fab", threat, {})).endswith("steps=100, targets=9)")
 
 
 def test_parameters_are_read_by_the_type_of_their_field():
@@ -81,8 +87,8 @@ def test_parameters_are_read_by_the_type_of_their_field():
 @pytest.mark.parametrize(
     ("kind", "params", "message"),
     [
-        ("pdg", {}, "unknown attack 'pdg'; did you mean 'pgd'. it must be one of autoattack, cw"),
-        ("zzz", {}, "unknown attack 'zzz'; it must be one of autoattack, cw, fgsm, mim, pgd"),
+        ("pdg", {}, "unknown attack 'pdg'; did you mean 'pgd'. it must be one of apgd, autoattack"),
+        ("zzz", {}, "unknown attack 'zzz'; it must be one of apgd, autoattack, cw, fab, fgsm"),
         ("pgd", {"stpes": 3}, "pgd has no parameter 'stpes'; did you mean 'steps'"),
         ("pgd", {"threat": LINF}, "pgd has no parameter 'threat'"),
         ("fgsm", {"steps": 3}, "fgsm has no parameter 'steps'; there are none"),
@@ -94,6 +100,8 @@ def test_parameters_are_read_by_the_type_of_their_field():
         ("pgd", {"random_start": 1}, "random_start must be true or false, not 1"),
         ("mim", {"decay": "1"}, "decay must be a number, not '1'"),
         ("autoattack", {"version": "fast"}, "version must be one of 'standard', 'plus', 'rand'"),
+        ("square", {"engine": "fast"}, "engine must be one of 'guardbench', 'reference'"),
+        ("apgd", {"loss": "dlr"}, "loss must be one of 'ce', 'dlr-targeted'"),
         ("autoattack", {"version": ["standard"]}, "version must be one of 'standard'"),
         ("pgd", {"steps": 0}, "must be positive"),
     ],

@@ -32,7 +32,7 @@ ROOMS = [
 ]
 LIGHT = 5  # rooms before this one never import torch
 ONLY_DOORS = {
-    "pyautoattack": "attacks/autoattack.py",
+    "pyautoattack": "attacks/reference.py",
     "robustbench": "attacks/robustbench.py",
     "matplotlib": "distilled.py",
     "sklearn": "data/source.py",
