@@ -7,9 +7,20 @@ from typing import Any
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
+
+def _to_2(words: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 says whose engine attacked; before it there was pyautoattack's alone."""
+    made = words.get("provenance")
+    return (
+        {**words, "provenance": {**made, "engine": "reference"}}
+        if isinstance(made, dict)
+        else words
+    )
+
+
 # MIGRATIONS[k] turns the words of version k + 1 into those of version k + 2. A published entry
 # never changes; with each, tests/golden gains a file of the version that it leads to.
-MIGRATIONS: tuple[Migration, ...] = ()
+MIGRATIONS: tuple[Migration, ...] = (_to_2,)
 
 
 def migrate(words: dict[str, Any], migrations: Sequence[Migration] = MIGRATIONS) -> dict[str, Any]:

@@ -264,8 +264,9 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
     kernel becomes one matrix.
 
     Args:
-        model: of `ARCHITECTURES`, where a BN follows the convolution that is defined before it; in
-            eval mode, since only then BN is a fixed affine map.
+        model: where a BN follows the convolution that is defined just before it, as in every model of
+            `ARCHITECTURES`; elsewhere the copy answers something else, so compare. In eval mode, since
+            only then BN is a fixed affine map.
         images: one or more, [N, C, H, W], of the size to come.
     """
     copy = deepcopy(model)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +10,6 @@ from typing import cast
 
 import torch
 
-import guardbench
 from guardbench import canonical
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import RealDataset, load_split
@@ -34,12 +30,11 @@ from guardbench.methods import MethodFile, load_method
 from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids, unknown
-from guardbench.records import Method, Provenance, ResultRecord, save_record
+from guardbench.provenance import provenance
+from guardbench.records import Engine, Method, ResultRecord, save_record
 from guardbench.registry import DISTILLERS, resolve
-from guardbench.runtime import Run, device_name, make_accelerator, stage_cost
-from guardbench.store import explained, read_text, write_text
-
-PACKAGES = ("torch", "torchvision", "accelerate", "pyautoattack", "numpy", "pillow", "scikit-learn")
+from guardbench.runtime import Run, make_accelerator, stage_cost
+from guardbench.store import check_writable, explained, read_text, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +52,7 @@ class Settings:
     cache_dir: Path | None
     output: Path
     publish: bool
+    engine: Engine = "guardbench"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +151,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         raise GuardbenchError(
             f"--publish: {protocol.id} is your own protocol; only published ones have public boards."
         )
-    _check_writable(settings.output)
+    check_writable(settings.output)
     info = dataset_info(protocol.dataset)
     cached = partial(
         cached_digest, info, located, resolution=protocol.resolution, cache_dir=settings.cache_dir
@@ -201,6 +197,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
             images=settings.ipc * len(classes),
             teacher=True,
             test_digest=test_digest,
+            engine=settings.engine,
         ),
         checkout=checkout,
     )
@@ -232,7 +229,7 @@ def execute(plan: Plan) -> Finished:
             test=measured_test(protocol, test),
             seeds=seeds,
             cost=(*costs, *evaluating),
-            provenance=_provenance(run),
+            provenance=provenance(run, settings.engine),
         )
         save_record(plan.record_path, record)
         _keep_protocol(settings)
@@ -311,32 +308,6 @@ def _method(plan: Plan) -> Method:
     )
 
 
-def _provenance(run: Run) -> Provenance:
-    return Provenance(
-        guardbench=guardbench.__version__,
-        commit=_commit(),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
-        python=platform.python_version(),
-        platform=f"{platform.system()} {platform.machine()}",
-        device=device_name(run.device),
-        precision={"distillation": run.precision, "students": run.precision, "attacks": "fp32"},
-        threads=torch.get_num_threads(),
-    )
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, marked when files differ from it."""
-    root = Path(guardbench.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None
-
-
 def _checkout() -> Path:
     here = Path.cwd()
     for folder in (here, *here.parents):
@@ -367,16 +338,3 @@ def _publish(plan: Plan, checkout: Path, record: ResultRecord) -> dict[str, Path
         "published": path,
         "public board": checkout / board_path(plan.protocol.id, plan.settings.ipc),
     }
-
-
-def _check_writable(folder: Path) -> None:
-    """Asks the file system now, not after an hour of work; leaves nothing behind."""
-    with explained(folder):
-        there = folder.absolute()
-        while not there.exists():
-            there = there.parent
-        probe = there / f".guardbench-{canonical.derive_seed(time.time_ns())}"
-        if not there.is_dir():
-            raise NotADirectoryError(20, "it is a file, not a folder")
-        probe.touch()
-        probe.unlink()

@@ -1,4 +1,4 @@
-"""Result records: what one method scored under one protocol, image by image, and what it cost.
+"""Records: what a method or a classifier scored under one protocol, image by image, and its cost.
 
 A record holds counts and one bit an image, never a rounded percentage, so that every number on a
 board can be derived again. It is checked on the way in and on the way out: a record that
@@ -21,11 +21,13 @@ from guardbench.errors import GuardbenchError
 from guardbench.migrations import migrate
 from guardbench.store import read_text, write_text
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 FILE_LIMIT = 16 << 20
 RESERVED = ("clean", "worst_case")
 
 LabelKind = Literal["hard", "soft", "teacher"]
+Engine = Literal["guardbench", "reference"]
+"""Whose loops run AutoAttack and Square: this package's, or pyautoattack's untouched."""
 
 # Control, bidirectional and zero-width characters would let a name rewrite a reader's terminal.
 _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -251,6 +253,7 @@ class Provenance(Strict):
         device: where it ran.
         precision: stage -> effective precision, such as `{"squeeze": "bf16", "attacks": "fp32"}`.
         threads: CPU threads used.
+        engine: whose AutoAttack and Square ran: this package's, or pyautoattack's (`reference`).
     """
 
     guardbench: Line
@@ -261,6 +264,7 @@ class Provenance(Strict):
     device: Line
     precision: dict[str, Line] = Field(max_length=256)
     threads: int = Field(ge=1)
+    engine: Engine
 
     @field_validator("versions", "precision")
     @classmethod
@@ -270,28 +274,45 @@ class Provenance(Strict):
         return words
 
 
-class ResultRecord(Strict):
-    """One method under one protocol at one number of images per class: all that a board row needs.
+class Classifier(Strict):
+    """The classifier that was measured, where no distilled dataset is asked about.
+
+    Attributes:
+        name: what its owner calls it.
+        arch: the architecture, or the function that made it.
+        weights_sha256: of the file, None where a function made the weights too.
+        weights: how the file was read: prefixes and wrappers taken off.
+        normalisation: between pixels in [0, 1] and the network.
+        parameters: how many.
+    """
+
+    name: Name
+    arch: Line
+    weights_sha256: Sha256 | None
+    weights: Line
+    normalisation: Line
+    parameters: int = Field(ge=0)
+
+
+class _Measured(Strict):
+    """What every record holds: which protocol, on which images, with what outcome.
 
     Attributes:
         schema_version: of this file format.
         protocol: id of the protocol; `protocol_sha256` says which content of it.
-        dataset, resolution, ipc: what was distilled, in pixels a side and images per class.
-        method, artifact, test: who, what, and on which images.
-        seeds: one student each, at least one, in the protocol's order.
+        dataset, resolution: of the images, in pixels a side.
+        test: which images.
+        seeds: one classifier each, at least one, in the protocol's order.
         cost: one entry a stage, in the order they ran.
         provenance: versions and hardware.
         flags: warnings that stand beside the row, such as signs of gradient masking.
     """
 
-    schema_version: Literal[1] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
+    schema_version: Literal[2] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
     protocol: Name
     protocol_sha256: Sha256
     dataset: Name
     resolution: int = Field(ge=1, le=1024)
-    ipc: int = Field(ge=1, le=1_000_000)
-    method: Method
-    artifact: Artifact
     test: TestSet
     seeds: tuple[SeedRun, ...] = Field(min_length=1, max_length=1024)
     cost: tuple[StageCost, ...] = Field(max_length=65536)
@@ -299,7 +320,7 @@ class ResultRecord(Strict):
     flags: tuple[Line, ...] = Field(default=(), max_length=64)
 
     @model_validator(mode="after")
-    def _consistent(self) -> ResultRecord:
+    def _consistent(self) -> _Measured:
         numbers = [run.seed for run in self.seeds]
         if len(set(numbers)) < len(numbers):
             raise ValueError("seeds: a seed stands twice")
@@ -323,8 +344,12 @@ class ResultRecord(Strict):
 
     @cached_property
     def result_sha256(self) -> str:
-        """Digest of all but cost and provenance: a resumed run has that of an unbroken one."""
-        return canonical.digest(self.model_dump(mode="json", exclude={"cost", "provenance"}))
+        """Digest of the result: a resumed run has that of an unbroken one, in any schema version.
+
+        It leaves out cost, provenance and the version of the file format.
+        """
+        rest = {"cost", "provenance", "schema_version"}
+        return canonical.digest(self.model_dump(mode="json", exclude=rest))
 
     @property
     def attack_names(self) -> tuple[str, ...]:
@@ -332,8 +357,45 @@ class ResultRecord(Strict):
         return tuple(sorted(self.seeds[0].attacks))
 
 
+class ResultRecord(_Measured):
+    """One method under one protocol at one number of images per class: all that a board row needs.
+
+    Attributes:
+        ipc: images per class of the distilled dataset.
+        method, artifact: who, and what.
+    """
+
+    ipc: int = Field(ge=1, le=1_000_000)
+    method: Method
+    artifact: Artifact
+
+
+class ClassifierRecord(_Measured):
+    """One classifier under one protocol, whatever it was trained on; never on a board."""
+
+    classifier: Classifier
+
+
+AnyRecord = ResultRecord | ClassifierRecord
+
+
 def load_record(path: Path) -> ResultRecord:
-    """Reads and checks a record file, of any schema version there has been.
+    """Reads and checks the record of a distilled dataset, of any schema version there has been.
+
+    Raises:
+        GuardbenchError: as `load_any_record`; or it is the record of a classifier.
+    """
+    record = load_any_record(path)
+    if isinstance(record, ClassifierRecord):
+        raise GuardbenchError(
+            f"{printable(str(path))}: the record of a classifier, made by `guardbench evaluate`; here "
+            "only records of distilled datasets have a place."
+        )
+    return record
+
+
+def load_any_record(path: Path) -> AnyRecord:
+    """Reads and checks a record file, of any kind and any schema version there has been.
 
     Raises:
         GuardbenchError: it cannot be read, is over 16 MiB, is not JSON, is newer than this
@@ -345,7 +407,8 @@ def load_record(path: Path) -> ResultRecord:
         if not isinstance(words, dict):
             raise ValueError("must be a JSON object")
         # Strict, and through JSON so that lists may stand for tuples: "5" or true is no count.
-        return ResultRecord.model_validate_json(json.dumps(migrate(words)), strict=True)
+        kind: type[AnyRecord] = ClassifierRecord if "classifier" in words else ResultRecord
+        return kind.model_validate_json(json.dumps(migrate(words)), strict=True)
     except ValidationError as error:
         reason = _first_problem(error)
     except json.JSONDecodeError as error:
@@ -360,18 +423,18 @@ def load_record(path: Path) -> ResultRecord:
     )
 
 
-def save_record(path: Path, record: ResultRecord) -> None:
+def save_record(path: Path, record: AnyRecord) -> None:
     """Checks `record` again and writes it as canonical JSON, whole or not at all.
 
     Raises:
         GuardbenchError: the file cannot be written.
         pydantic.ValidationError: a copy or an update has made the record contradict itself.
     """
-    checked = ResultRecord.model_validate(record.model_dump())
+    checked = type(record).model_validate(record.model_dump())
     write_text(path, record_text(checked))
 
 
-def record_text(record: ResultRecord) -> str:
+def record_text(record: AnyRecord) -> str:
     """The canonical JSON that `save_record` writes: equal records give equal bytes."""
     return canonical.dumps(record.model_dump(mode="json"))
 

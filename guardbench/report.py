@@ -14,12 +14,12 @@ from rich.table import Table
 from guardbench.leaderboard import stale_boards
 from guardbench.metrics import Estimate, estimate, worst_case
 from guardbench.progress import clock
-from guardbench.records import ResultRecord, StageCost, printable
+from guardbench.records import AnyRecord, ClassifierRecord, StageCost, printable
 
 
 def print_record(
     console: Console,
-    record: ResultRecord,
+    record: AnyRecord,
     *,
     threat: str | None = None,
     paths: Mapping[str, Path] | None = None,
@@ -51,29 +51,49 @@ def print_record(
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _head(record: ResultRecord, threat: str | None) -> list[str]:
-    method, artifact, made = record.method, record.artifact, record.provenance
-    parts = method.distiller
-    if method.regulariser != "none":
-        parts += f" + {method.regulariser}"
+def _head(record: AnyRecord, threat: str | None) -> list[str]:
+    made = record.provenance
     precision = ", ".join(f"{stage} {kind}" for stage, kind in made.precision.items())
+    under = f"protocol   {record.protocol} ({record.protocol_sha256[:12]})"
+    engine = "guardbench's" if made.engine == "guardbench" else "pyautoattack's own (reference)"
     return [
-        f"{method.title} ({method.name}) on {record.dataset} at {record.resolution} px, "
-        f"{record.ipc} images per class",
-        f"protocol   {record.protocol} ({record.protocol_sha256[:12]})"
-        + (f", threat {threat}" if threat else ""),
-        f"recipe     {parts}, {'official' if method.official else 'own'} settings "
-        f"({method.recipe_sha256[:12]})",
-        f"student    is given {artifact.images} images, {_size(artifact.image_bytes)}, and "
-        f"{artifact.label_kind} labels, {_size(artifact.label_bytes)}",
+        *_subject(record, under + (f", threat {threat}" if threat else "")),
         f"made by    guardbench {made.guardbench}, torch {made.versions.get('torch', '?')}, "
         f"commit {(made.commit or 'none')[:12]}",
+        f"engine     {engine}",
         f"on         {made.device}, {made.threads} threads"
         + (f"; precision: {precision}" if precision else ""),
     ]
 
 
-def _accuracies(record: ResultRecord) -> Table:
+def _subject(record: AnyRecord, under: str) -> list[str]:
+    """Who was measured, in what way."""
+    if isinstance(record, ClassifierRecord):
+        found = record.classifier
+        sha = "" if found.weights_sha256 is None else f" ({found.weights_sha256[:12]})"
+        return [
+            f"{found.name} on {record.dataset} at {record.resolution} px",
+            under,
+            f"network    {found.arch}, {found.parameters} parameters",
+            f"weights    {found.weights}{sha}",
+            f"pixels     normalised as {found.normalisation}",
+        ]
+    method, artifact = record.method, record.artifact
+    parts = method.distiller
+    if method.regulariser != "none":
+        parts += f" + {method.regulariser}"
+    return [
+        f"{method.title} ({method.name}) on {record.dataset} at {record.resolution} px, "
+        f"{record.ipc} images per class",
+        under,
+        f"recipe     {parts}, {'official' if method.official else 'own'} settings "
+        f"({method.recipe_sha256[:12]})",
+        f"student    is given {artifact.images} images, {_size(artifact.image_bytes)}, and "
+        f"{artifact.label_kind} labels, {_size(artifact.label_bytes)}",
+    ]
+
+
+def _accuracies(record: AnyRecord) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("measurement", overflow="fold")
     for title in ("images x seeds", "mean %", "95% interval"):
@@ -102,7 +122,7 @@ def _add(table: Table, name: str, found: Estimate, style: str | None = None) -> 
     )
 
 
-def _footnotes(record: ResultRecord) -> list[str]:
+def _footnotes(record: AnyRecord) -> list[str]:
     lines = []
     worst = worst_case(record.seeds)
     for name in record.attack_names:
@@ -129,7 +149,7 @@ def _footnotes(record: ResultRecord) -> list[str]:
     return lines
 
 
-def _costs(record: ResultRecord) -> Table:
+def _costs(record: AnyRecord) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("stage", overflow="fold")
     table.add_column("time", justify="right", no_wrap=True)

@@ -84,3 +84,15 @@ def explained(target: Path) -> Iterator[None]:
                 f"{target}: cannot be written ({error.strerror}); choose another folder with --output."
             ) from error
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Asks the file system now, not after an hour of work; leaves nothing behind."""
+    with explained(folder):
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise NotADirectoryError(20, "it is a file, not a folder")
+        with tempfile.NamedTemporaryFile(prefix=".guardbench-", dir=there):
+            pass

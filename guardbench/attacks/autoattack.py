@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.apgd import APGD
-from guardbench.attacks.base import Attack, Engine
+from guardbench.attacks.base import Attack
 from guardbench.attacks.fab import FAB
 from guardbench.attacks.reference import MIN_CLASSES, reference_autoattack
 from guardbench.attacks.square import Square
 from guardbench.attacks.targets import require_classes
 from guardbench.errors import GuardbenchError
+from guardbench.records import Engine
 from guardbench.threat import ThreatModel
 
 

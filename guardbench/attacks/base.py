@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from guardbench.attacks.ball import FLOAT32_ULP, length, tolerance
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
-
-Engine = Literal["guardbench", "reference"]
-"""Whose loops run AutoAttack and Square: this package's, or pyautoattack's untouched."""
 
 LOGIT_NOISE = 1e-4
 """Two scorings of one image may disagree only if its margin is below this share of its logits."""

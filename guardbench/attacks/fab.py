@@ -133,7 +133,8 @@ def project_to_hyperplane(points: Tensor, normals: Tensor, rise: Tensor) -> Tens
     With every coordinate moved by at most t in its useful direction, the rise is a concave, increasing,
     piecewise linear function of t; Newton's method from below ends at its root after as many steps as
     slopes are met, where sorting all breakpoints costs more than a network's pass over the image.
-    Where even the box's far corner does not suffice, the move ends there.
+    Where even the box's far corner does not suffice, the move ends there: the slope is 0 once every
+    coordinate with a say has used its room.
 
     Args:
         points: in [0, 1], [n, d].
@@ -154,6 +155,4 @@ def project_to_hyperplane(points: Tensor, normals: Tensor, rise: Tensor) -> Tens
         step = torch.where(
             more, step + short / slope.clamp_min(torch.finfo(points.dtype).tiny), step
         )
-    # Beyond the corner every coordinate with a say has used its room.
-    step = torch.where((short > 1e-6 * wanted) & (slope <= 0), torch.ones_like(step), step)
     return toward * torch.minimum(room, step[:, None])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.ball import content_generator, per_image
-from guardbench.attacks.base import Engine
 from guardbench.attacks.reference import reference_square
 from guardbench.attacks.stream import Rows, stream
 from guardbench.errors import GuardbenchError
+from guardbench.records import Engine
 from guardbench.threat import ThreatModel
 
 P_INIT = 0.8

@@ -10,6 +10,7 @@ import typer
 
 import guardbench
 from guardbench.cli import leaderboard
+from guardbench.cli.evaluate import evaluate
 from guardbench.cli.run import run
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
@@ -24,6 +25,7 @@ app = typer.Typer(
     "Example: guardbench run --method guard --dataset digits",
 )
 app.command()(run)
+app.command()(evaluate)
 app.command()(show)
 app.add_typer(leaderboard.app, name="leaderboard")
 

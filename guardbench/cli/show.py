@@ -11,7 +11,9 @@ from guardbench.errors import GuardbenchError
 
 
 def show(
-    record: Annotated[Path, typer.Argument(help="A record file, as `run` names it at its end.")],
+    record: Annotated[
+        Path, typer.Argument(help="A record file, as `run` and `evaluate` name it at their end.")
+    ],
 ) -> None:
     """Print the table of a record: accuracies with their intervals, and the cost of each stage.
 
@@ -19,10 +21,10 @@ def show(
     """
     from rich.console import Console
 
-    from guardbench.records import load_record
+    from guardbench.records import load_any_record
     from guardbench.report import print_record
 
-    loaded = load_record(record)
+    loaded = load_any_record(record)
     print_record(Console(), loaded, threat=_threat(loaded.protocol, loaded.protocol_sha256))
 
 

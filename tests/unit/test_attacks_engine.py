@@ -412,6 +412,18 @@ def test_what_cannot_work_is_one_clear_line():
 # APGD step by step.
 
 
+def test_every_search_has_its_own_random_start():
+    model, x, y = precise_case(3)
+    attack = APGD(threat=LINF, loss="dlr-targeted", targets=2)
+    search = apgd._Search(attack, ranked_targets(model, x, y, 2), 4)
+    image, job = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0])
+    rows = search.begin(x[image], y[image], image, job)
+    starts = [random_start(x, LINF, 4, number) for number in (0, 1)]
+    assert torch.equal(rows["adv"], torch.stack([starts[j][i] for i, j in zip(image, job)]))
+    assert not torch.equal(starts[0], starts[1])
+    assert torch.equal(rows["target"], search.targets[image, job])
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
@@ -540,6 +552,8 @@ def test_square_asks_no_more_than_it_may_and_only_inside_the_ball():
     changed = proposals != start
     assert changed.flatten(1).any(1).all()  # what changes nothing is not sent
     assert 500 < len(asked) < queries - 200  # a square of one pixel changes nothing half the time
+    late = changed[-300:].flatten(1).sum(1)
+    assert (late == 1).all()  # nothing was kept: one pixel away from the stripes still
     # A square at every place of the image is drawn, the last row and column included.
     assert changed.any(0).any(0).all()
     everything = Recording(lambda flat: flat.sum(1).cos() + 1).eval()  # some are accepted
@@ -658,16 +672,25 @@ def test_fab_walks_as_pyautoattack(digits, monkeypatch):
     watch(monkeypatch, fab, seen)
     FAB(threat=ThreatModel("linf", Fraction(1, 10**6)), targets=1).perturb(model, x, y, seed=0)
     assert len(seen) == 101  # nothing comes that near, so all 30 walk to the end
-    nearest = torch.full((30,), torch.inf)
-    for rows in seen:
+    nearest = torch.full((101, 30), torch.inf)
+    for step, rows in enumerate(seen[1:], start=1):
         assert rows["image"].tolist() == list(range(30))
         wrong = model(rows["adv"]).argmax(1) != y
-        nearest[wrong] = nearest[wrong].minimum(length(rows["adv"] - x, "linf")[wrong])
+        far = torch.where(wrong, length(rows["adv"] - x, "linf"), torch.inf)
+        nearest[step] = nearest[step - 1].minimum(far)
     theirs = FABAttack_PT(model, norm="Linf", targeted=True, device="cpu")
     theirs.target_class = 2
     found = theirs.attack_single_run(x, y, is_targeted=True)
     assert (model(found).argmax(1) != y).all()
-    assert nearest.allclose(length(found - x, "linf"), rtol=0.02)
+    assert nearest[100].allclose(length(found - x, "linf"), rtol=0.02)
+    for steps in (1, 2, 3, 5, 8):  # while overshoot, backward step and bias still show
+        theirs.n_iter = steps
+        found = theirs.attack_single_run(x, y, is_targeted=True)
+        assert torch.equal(model(found).argmax(1) != y, nearest[steps].isfinite())
+        crossed = nearest[steps].isfinite()
+        assert crossed.sum() >= (5 if steps == 1 else 20)
+        expected = length(found - x, "linf")[crossed]
+        assert nearest[steps][crossed].allclose(expected, rtol=1e-4), steps
 
 
 def test_as_strong_as_pyautoattack_part_by_part(digits):

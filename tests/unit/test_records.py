@@ -11,7 +11,7 @@ from guardbench import canonical, migrations, records
 from guardbench.errors import GuardbenchError
 from guardbench.records import Outcome, ResultRecord, SeedRun, load_record, save_record
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "record-v1.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "record-v2.json"
 
 
 def words():
@@ -137,12 +137,14 @@ def test_the_ranges_are_compared_from_where_clean_begins():
 # --- files
 
 
-def test_the_golden_record_of_version_1_loads_for_ever():
-    record = load_record(GOLDEN)
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_golden_record_of_every_version_loads_for_ever(version):
+    record = load_record(GOLDEN.with_name(f"record-v{version}.json"))
     assert record.result_sha256 == (
-        "62688b0bea3a312c7840b166fd74031b7ce464c6e1c430a99ee80a7132699dfb"
+        "a842b6fbe4b125ff7aadc5b420213260898f7b2a3301ccf8234091da71b7444b"
     )
     assert [run.clean.correct for run in record.seeds] == [51, 60, 60]
+    assert record.provenance.engine == {1: "reference", 2: "guardbench"}[version]
 
 
 def test_saving_gives_the_golden_bytes(tmp_path):
@@ -263,7 +265,7 @@ CHANGES = [
     (("seeds", 0, "clean", "correct"), 1, "bits are set"),
     (("seeds", 2, "attacks", "cw", "bounded"), True, "bounded for one seed"),
     (("test", "total"), 59, "measures image 59 of a list of 59"),
-    (("schema_version",), 2, "made by a newer guardbench"),
+    (("schema_version",), 3, "made by a newer guardbench"),
     (("schema_version",), "1", "schema_version: must be an integer"),
     (("schema_version",), True, "schema_version: must be an integer"),
     (("schema_version",), 0, "schema_version: must be an integer"),

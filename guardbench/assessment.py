@@ -1,0 +1,174 @@
+"""`guardbench evaluate`: any classifier on any protocol, without distillation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from guardbench.canonical import digest
+from guardbench.data.catalog import dataset_info
+from guardbench.data.dataset import load_split
+from guardbench.data.locate import locate
+from guardbench.errors import GuardbenchError
+from guardbench.evaluation import measured_test
+from guardbench.imported import Imported, from_file, from_python
+from guardbench.progress import Progress
+from guardbench.protocol import Protocol, load_protocol
+from guardbench.provenance import provenance
+from guardbench.records import ClassifierRecord, Engine, SeedRun, save_record
+from guardbench.runtime import Run, make_accelerator
+from guardbench.scoring import Costs, plan_scoring, score
+from guardbench.store import check_writable, explained
+
+NEAR_CHANCE = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user asks for; the fields are the options of `guardbench evaluate`."""
+
+    protocol: str
+    weights: Path | None
+    arch: str | None
+    python: str | None
+    normalisation: str | None
+    name: str | None
+    seed: int
+    engine: Engine
+    device: str
+    data_dir: Path | None
+    cache_dir: Path | None
+    output: Path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A classifier that is ready to be scored, before any test image is decoded."""
+
+    request: Request
+    protocol: Protocol
+    run: Run
+    imported: Imported
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record goes."""
+        folder = self.request.output / "classifiers" / self.protocol.id
+        return folder / f"{self.imported.described.name}-seed{self.request.seed}.json"
+
+
+def prepare(request: Request, progress: Progress) -> Prepared:
+    """Checks what can be checked and builds the classifier; writes nothing.
+
+    Raises:
+        GuardbenchError: unknown names, missing data, weights that do not fit, an unwritable output.
+    """
+    if (request.weights is None) == (request.python is None):
+        raise GuardbenchError("say which classifier: --weights FILE with --arch NAME, or --python.")
+    if request.python is not None and (request.arch or request.normalisation):
+        raise GuardbenchError(
+            "--python: the function's model has its own --arch and --normalisation."
+        )
+    protocol = load_protocol(request.protocol)
+    info = dataset_info(protocol.dataset)
+    locate(protocol.dataset, request.data_dir, cache_dir=request.cache_dir)
+    accelerator = make_accelerator(request.device, "fp32", protocol.resolution)
+    check_writable(request.output)
+    run = Run(
+        accelerator=accelerator, workspace=request.output, seed=request.seed, progress=progress
+    )
+    if request.weights is not None:
+        if request.arch is None:
+            raise GuardbenchError(f"--weights {request.weights}: say its --arch, such as resnet18.")
+        imported = from_file(
+            request.weights,
+            request.arch,
+            channels=info.channels,
+            classes=info.num_classes,
+            resolution=protocol.resolution,
+            normalisation=request.normalisation,
+            name=_name(request.name or request.weights.stem),
+        )
+    else:
+        assert request.python is not None
+        imported = from_python(request.python, name=_name(request.name or request.python))
+    return Prepared(request, protocol, run, imported)
+
+
+def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
+    """Scores the classifier under the protocol and writes its record; resumes what is finished.
+
+    Returns:
+        The record and its path.
+    """
+    request, protocol, run = prepared.request, prepared.protocol, prepared.run
+    with explained(request.output):
+        test = load_split(
+            protocol.dataset,
+            "val",
+            resolution=protocol.resolution,
+            data_dir=request.data_dir,
+            cache_dir=request.cache_dir,
+            progress=run.progress,
+            per_class=1,
+        )
+        order = protocol.test_indices(test.ids)
+        x, y = test.batch(order), test.labels[order]
+        model = prepared.imported.model.to(run.device)
+        plan = plan_scoring(
+            run,
+            protocol,
+            seed=request.seed,
+            position=0,
+            subject=_fingerprint(prepared, x[:8]),
+            test_digest=test.digest,
+            engine=request.engine,
+        )
+        costs = Costs()
+        seed = score(run, protocol, plan, model, x, y, costs)
+        record = ClassifierRecord(
+            protocol=protocol.id,
+            protocol_sha256=protocol.digest,
+            dataset=protocol.dataset,
+            resolution=protocol.resolution,
+            test=measured_test(protocol, test),
+            seeds=(seed,),
+            cost=tuple(costs.found),
+            provenance=provenance(run, request.engine),
+            flags=_flags(seed, dataset_info(protocol.dataset).num_classes),
+            classifier=prepared.imported.described,
+        )
+        save_record(prepared.record_path, record)
+    return record, prepared.record_path
+
+
+def _fingerprint(prepared: Prepared, images: Tensor) -> str:
+    """What the stages hang on: the description, and the answers to a few images.
+
+    A function's code can change while its name and weights stay, and its answers then change too.
+    """
+    model, described = prepared.imported.model, prepared.imported.described
+    with torch.no_grad():
+        answers = model(images.to(prepared.run.device)).float().cpu().contiguous()
+    answered = hashlib.sha256(answers.numpy().tobytes()).hexdigest()
+    return digest({"classifier": described.model_dump(mode="json"), "answers": answered})
+
+
+def _flags(seed: SeedRun, classes: int) -> tuple[str, ...]:
+    share = seed.clean.correct / seed.clean.total
+    if share > NEAR_CHANCE / classes:
+        return ()
+    return (
+        f"clean accuracy {100 * share:.1f}% is near chance: the normalisation or the order of the "
+        "classes may be wrong",
+    )
+
+
+def _name(text: str) -> str:
+    """`text` as a record's name: lower case, other letters as dashes."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in text.lower())
+    return kept.lstrip("._+-")[:64] or "classifier"

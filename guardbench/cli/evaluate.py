@@ -1,0 +1,137 @@
+"""`guardbench evaluate`: attack any classifier under a protocol and write a record."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class EngineName(str, Enum):
+    """The two engines, for the option's choices."""
+
+    guardbench = "guardbench"
+    reference = "reference"
+
+
+def evaluate(
+    protocol: Annotated[
+        str, typer.Option(help="What is measured: an id such as cifar10-8, or your own FILE.toml.")
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .safetensors file, or a .pt/.pth that holds a state dict; code in it is never run.",
+            show_default=False,
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --weights: resnet18, resnet50, convnet-d3, ... (with the stem that fits the "
+            "protocol's resolution), or torchvision:NAME for a stock network.",
+            show_default=False,
+        ),
+    ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --weights: package.module:function, which gives a model that maps "
+            "images in [0, 1] to logits.",
+            show_default=False,
+        ),
+    ] = None,
+    normalisation: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --weights: imagenet, cifar10, cifar100, half, none, or numbers such as "
+            "0.5,0.5,0.5/0.2,0.2,0.2. Students of guardbench hold their own.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="What the record calls it; by default the file's name.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the attacks' random choices.", min=0)] = 0,
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="Whose AutoAttack and Square run; reference is pyautoattack, untouched."),
+    ] = EngineName.guardbench,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where <dataset>/{train,val}/<class>/ lies; GUARDBENCH_DATA says the same.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where decoded images are kept; GUARDBENCH_CACHE says the same.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="The workspace: what is finished is not attacked again.")
+    ] = Path("guardbench-runs"),
+) -> None:
+    """Attack a classifier with a protocol's attacks: clean and robust accuracy, and a record.
+
+    One classifier, so attacks that a protocol gives each student's seed images of its own run on the
+    first seed's. A killed evaluation goes on when the same command is given again.
+
+    Example: guardbench evaluate --protocol digits --weights student.safetensors --arch convnet-d3-bn-small
+    """
+    from rich.console import Console
+
+    console = Console()
+    from guardbench.assessment import Request, assess, prepare
+    from guardbench.progress import Progress
+
+    request = Request(
+        protocol=protocol,
+        weights=weights,
+        arch=arch,
+        python=python,
+        normalisation=normalisation,
+        name=name,
+        seed=seed,
+        engine=engine.value,
+        device=device,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        output=output,
+    )
+    prepared = prepare(request, Progress(console))
+    from rich.markup import escape
+
+    from guardbench.leaderboard import threat_text
+    from guardbench.report import print_record
+    from guardbench.runtime import device_name
+
+    described = prepared.imported.described
+    lines = {
+        "classifier": f"{described.name}: {described.arch}, {described.parameters} parameters",
+        "weights": described.weights,
+        "normalisation": described.normalisation,
+        "protocol": f"{prepared.protocol.id}: {prepared.protocol.title}",
+        "threat": threat_text(prepared.protocol),
+        "engine": request.engine,
+        "device": device_name(prepared.run.device),
+    }
+    for title, text in lines.items():
+        console.print(f"  {title:<14} {escape(text)}", highlight=False, soft_wrap=True)
+    console.print()
+    try:
+        record, path = assess(prepared)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to go on from here", err=True)
+        raise typer.Exit(130) from None
+    console.print()
+    print_record(console, record, threat=threat_text(prepared.protocol), paths={"record": path})

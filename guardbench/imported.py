@@ -1,0 +1,280 @@
+"""A classifier of anybody's: weights out of a file, or a model out of a Python function."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision  # type: ignore[import-untyped]
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from guardbench import canonical
+from guardbench.errors import GuardbenchError, brief
+from guardbench.models import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, Classifier, build_model
+from guardbench.protocol import unknown
+from guardbench.records import Classifier as Described
+from guardbench.records import printable
+
+Triple = tuple[float, ...]
+
+NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "half": ((0.5,), (0.5,)),
+    "none": ((0.0,), (1.0,)),
+}
+"""Mean and standard deviation a channel, of pixels in [0, 1]; one number stands for all channels."""
+
+WEIGHTS_LIMIT = 8 << 30
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model in eval mode, frozen and in float32, and its description for a record."""
+
+    model: nn.Module
+    described: Described
+
+
+def from_file(
+    weights: Path,
+    arch: str,
+    *,
+    channels: int,
+    classes: int,
+    resolution: int,
+    normalisation: str | None,
+    name: str,
+) -> Imported:
+    """Builds an architecture and loads a stranger's weights into it.
+
+    Args:
+        weights: `.safetensors`, or what `torch.save` wrote of a state dict, read without running code.
+        arch: a name of `ARCHITECTURES`, or `torchvision:NAME` for a stock network of torchvision.
+        normalisation: a name of `NORMALISATIONS`, or numbers such as `0.5,0.5,0.5/0.2,0.2,0.2`. Not
+            for a student of guardbench, whose file holds its own.
+
+    Raises:
+        GuardbenchError: unknown architecture or normalisation, none given where one is needed, or a
+            file that is absent, too large, holds code, or does not fit the architecture.
+    """
+    state, steps = _read(weights)
+    sha = canonical.file_digest(weights)
+    own = {"mean", "std"} <= state.keys() and any(key.startswith("backbone.") for key in state)
+    model = _architecture(arch, channels, classes, resolution)
+    if own:
+        if normalisation is not None:
+            raise GuardbenchError(
+                f"--normalisation {normalisation}: {weights} holds its own (mean and std); leave it out."
+            )
+        _fit(model, state, weights, arch)
+        said = f"in the file: {_numbers(model.mean)}/{_numbers(model.std)}"
+    else:
+        if normalisation is None:
+            raise GuardbenchError(
+                f"{weights}: holds no normalisation, and a wrong one gives wrong numbers in silence; "
+                f"say --normalisation {' | '.join(NORMALISATIONS)} | MEAN,..../STD,...."
+            )
+        model.mean, model.std = _normalisation(normalisation, channels)
+        state, taken = _without_prefix(state, model.backbone)
+        steps += taken
+        _fit(model.backbone, state, weights, arch)
+        said = f"{normalisation}: {_numbers(model.mean)}/{_numbers(model.std)}"
+    return _describe(
+        model, name=name, arch=arch, sha=sha, weights=", ".join(steps) or "as they are", said=said
+    )
+
+
+def from_python(spec: str, *, name: str) -> Imported:
+    """Calls a function of the user's own, which gives the model.
+
+    Args:
+        spec: `package.module:function`, importable from the current folder. Called without arguments,
+            it gives an `nn.Module`, or anything callable, that maps float32 images [N, C, H, W] in
+            [0, 1] to logits [N, K] and normalises inside.
+
+    Raises:
+        GuardbenchError: there is no such function, it fails, or its result cannot be called.
+    """
+    module_name, _, function = spec.partition(":")
+    if not module_name or not function:
+        raise GuardbenchError(f"--python {spec}: write it as package.module:function.")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(module_name), function)()
+    # Broad on purpose: this is the user's code, and any error of it is theirs to hear of.
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise GuardbenchError(
+            f"--python {spec}: {type(error).__name__}: {brief(error)} "
+            f"({Path(place.filename).name}, line {place.lineno})."
+        ) from error
+    if not callable(made):
+        raise GuardbenchError(f"--python {spec}: gave {type(made).__name__}, which is no model.")
+    model = made if isinstance(made, nn.Module) else _Called(made)
+    return _describe(
+        model,
+        name=name,
+        arch=spec,
+        sha=None,
+        weights="made by the function",
+        said="the model's own",
+    )
+
+
+class _Called(nn.Module):
+    """A plain callable as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def _describe(
+    model: nn.Module, *, name: str, arch: str, sha: str | None, weights: str, said: str
+) -> Imported:
+    model = model.float().eval().requires_grad_(False)
+    described = Described(
+        name=name,
+        arch=printable(arch, 200),
+        weights_sha256=sha,
+        weights=printable(weights, 190),
+        normalisation=printable(said, 190),
+        parameters=sum(weight.numel() for weight in model.parameters()),
+    )
+    return Imported(model, described)
+
+
+def _architecture(arch: str, channels: int, classes: int, resolution: int) -> Classifier:
+    kind, _, stock = arch.partition(":")
+    if kind == "torchvision" and stock:
+        known = torchvision.models.list_models(module=torchvision.models)
+        if stock not in known:
+            raise unknown("torchvision network", stock, known)
+        return Classifier(
+            torchvision.models.get_model(stock, weights=None, num_classes=classes), channels
+        )
+    if arch not in ARCHITECTURES:
+        raise unknown("architecture", arch, [*ARCHITECTURES, "torchvision:NAME"])
+    return build_model(arch, channels=channels, classes=classes, resolution=resolution, seed=0)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a weights file by key, and what was taken off around them."""
+    if not path.is_file():
+        raise GuardbenchError(f"--weights {path}: no such file.")
+    if path.stat().st_size > WEIGHTS_LIMIT:
+        raise GuardbenchError(f"--weights {path}: over {WEIGHTS_LIMIT >> 30} GiB.")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path)), []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on pickles, before it refuses them
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    # Broad on purpose: torch's restricted unpickler raises struct.error, KeyError and more for a
+    # damaged or hostile file, and each means the same to the user.
+    except (SafetensorError, Exception) as error:
+        raise GuardbenchError(
+            f"--weights {path}: cannot be read as tensors alone ({brief(error)}); code in it is never "
+            "run. Save model.state_dict() with safetensors."
+        ) from error
+    steps = []
+    while isinstance(found, Mapping) and not any(isinstance(v, Tensor) for v in found.values()):
+        inner = next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = found[inner]
+        steps.append(f"under {inner!r}")
+    tensors = {}
+    if isinstance(found, Mapping):
+        tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise GuardbenchError(
+            f"--weights {path}: no tensors by name in it; save model.state_dict()."
+        )
+    return tensors, steps
+
+
+def _without_prefix(
+    state: dict[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Takes off prefixes that all keys share, unless the model's own keys begin so."""
+    wanted, taken = model.state_dict().keys(), []
+    while not state.keys() & wanted:
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        taken.append(f"without {prefix!r}")
+    return state, taken
+
+
+def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> None:
+    """Loads tensors into a model, or says which do not fit it."""
+    wanted = model.state_dict()
+    # Files older than PyTorch 0.4.1 lack BN's counters, which change no answer.
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in wanted]
+    shapes = [
+        f"{k} is {list(state[k].shape)}, not {list(wanted[k].shape)}"
+        for k in wanted
+        if k in state and state[k].shape != wanted[k].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise GuardbenchError(
+            f"--weights {path}: do not fit --arch {arch}: {printable('; '.join(problems))}."
+        )
+    for key in [k for k, v in state.items() if not v.isfinite().all()]:
+        raise GuardbenchError(f"--weights {path}: {printable(key, 80)} holds NaN or infinity.")
+    model.load_state_dict(state, strict=False)
+
+
+def _normalisation(text: str, channels: int) -> tuple[Tensor, Tensor]:
+    if text in NORMALISATIONS:
+        mean, std = NORMALISATIONS[text]
+    elif "/" in text:
+        try:
+            mean, std = (tuple(float(v) for v in part.split(",")) for part in text.split("/"))
+        except ValueError:
+            raise GuardbenchError(
+                f"--normalisation {text}: write numbers as MEAN,MEAN,MEAN/STD,STD,STD."
+            ) from None
+    else:
+        raise unknown("normalisation", text, [*NORMALISATIONS, "MEAN,.../STD,..."])
+    for values in (mean, std):
+        if len(values) not in (1, channels):
+            raise GuardbenchError(
+                f"--normalisation {text}: {len(values)} numbers for images of {channels} channels."
+            )
+    if not all(0 < value < float("inf") for value in std) or not all(abs(v) < 256 for v in mean):
+        raise GuardbenchError(
+            f"--normalisation {text}: numbers out of range; pixels are in [0, 1]."
+        )
+    spread = [
+        torch.tensor(values).expand(channels).clone().view(-1, 1, 1) for values in (mean, std)
+    ]
+    return spread[0], spread[1]
+
+
+def _numbers(values: Tensor) -> str:
+    return ",".join(f"{value:.4g}" for value in values.flatten().tolist())

@@ -1,0 +1,44 @@
+"""Where numbers come from: versions, commit and hardware, for a record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import guardbench
+from guardbench.records import Engine, Provenance
+from guardbench.runtime import Run, device_name
+
+PACKAGES = ("torch", "torchvision", "accelerate", "pyautoattack", "numpy", "pillow", "scikit-learn")
+
+
+def provenance(run: Run, engine: Engine) -> Provenance:
+    """Versions and hardware of a run, for its record."""
+    return Provenance(
+        guardbench=guardbench.__version__,
+        commit=_commit(),
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        device=device_name(run.device),
+        precision={"distillation": run.precision, "students": run.precision, "attacks": "fp32"},
+        threads=torch.get_num_threads(),
+        engine=engine,
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, marked when files differ from it."""
+    root = Path(guardbench.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,261 @@
+"""One classifier x attacks: what it gets right, clean and under each attack of a protocol.
+
+Attacks see a float32 model in eval mode; each outcome is counted by `run_verified`'s harness, image
+by image. Attacks search a faster copy of the model; the verdicts are the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guardbench.attacks.base import LOGIT_NOISE, Attack, plan_batches, run_batch, score_clean
+from guardbench.attacks.build import build_attack
+from guardbench.canonical import derive_seed
+from guardbench.distillers.base import PlannedStage
+from guardbench.models import folded
+from guardbench.protocol import AttackSpec, Protocol
+from guardbench.records import Engine, Outcome, SeedRun, StageCost
+from guardbench.runtime import Run, stage_cost
+
+ENGINE_VERSION = 1
+"""Part of the key of what the engine finds: raised when its verdicts may change."""
+ENGINES = ("autoattack", "square")
+"""The kinds of attack that `--engine` chooses between."""
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """The stages of one classifier: its clean score, its attacks in the protocol's order.
+
+    Attributes:
+        seed: of the attacks' random choices.
+        position: which slice of the test images it gets, where attacks get one each.
+        engine: whose AutoAttack and Square run.
+    """
+
+    seed: int
+    position: int
+    engine: Engine
+    clean: PlannedStage
+    attacks: tuple[PlannedStage, ...]
+
+
+def plan_scoring(
+    run: Run,
+    protocol: Protocol,
+    *,
+    seed: int,
+    position: int,
+    subject: str,
+    test_digest: str | None,
+    engine: Engine,
+) -> ScoringPlan:
+    """Plans the attacks on one classifier; needs no images.
+
+    Args:
+        subject: digest of what makes the classifier, so that its stages hang on it.
+        test_digest: of the decoded validation images; None while they have not been decoded.
+    """
+    on = {"student": subject, "test": test_digest, "list": protocol.test.sha256,
+          "protocol": protocol.id}  # fmt: skip
+    words: dict[str, Any] = {"stage": "clean", **on, "images": protocol.test.count}
+    clean = PlannedStage(
+        run.stage(f"clean {seed}", "attacks", words),
+        f"{protocol.test.count} images",
+        protocol.test.count / 3,
+        fp32=True,
+    )
+    attacks = []
+    for spec in protocol.attacks:
+        _built(protocol, spec, engine)  # refuses a wrong one early
+        first, count = protocol.slice_of(spec, position)
+        words = {
+            "stage": "attack",
+            **on,
+            "threat": protocol.threat.model_dump(),
+            "attack": spec.model_dump(mode="json"),
+            "first": first,
+            "images": count,
+            "seed": seed,
+        }
+        if spec.kind in ENGINES:
+            words["engine"] = engine if engine == "reference" else f"{engine} {ENGINE_VERSION}"
+        before = shared_square(protocol, spec)
+        if before is not None:
+            words["after"] = before.model_dump(mode="json")
+        folder = run.stage(f"{spec.name} {seed}", "attacks", words)
+        attacks.append(PlannedStage(folder, f"{count} images", count * _passes(spec), fp32=True))
+    return ScoringPlan(seed, position, engine, clean, tuple(attacks))
+
+
+def _built(protocol: Protocol, spec: AttackSpec, engine: Engine, **more: object) -> Attack:
+    params = {**spec.params, **more}
+    if spec.kind in ENGINES:
+        params["engine"] = engine
+    return build_attack(spec.kind, protocol.threat.model, params)
+
+
+def _passes(spec: AttackSpec) -> float:
+    """Rough forward+backward passes a test image, for the expected time alone.
+
+    A pass without gradients in the weights is about two thirds of one with them, a forward one
+    third; about half of the images leave early because they are wrong or broken.
+    """
+    steps = spec.params.get("steps", {"pgd": 100, "mim": 20, "cw": 50, "fgsm": 1}.get(spec.kind, 0))
+    full = {
+        "square": float(spec.params.get("queries", 5000)) / 3,
+        # APGD-CE 100, APGD-T 9 x 100, FAB-T 9 x 100 passes and Square's 5,000 forwards.
+        "autoattack": 1900 * 2 / 3 + 5000 / 3,
+    }.get(spec.kind, float(steps) * 2 / 3)
+    return full / 2
+
+
+class Costs:
+    """Collects what stages cost, and whether an earlier run had finished them."""
+
+    def __init__(self) -> None:
+        self.found: list[StageCost] = []
+
+    @contextmanager
+    def of(self, stage: PlannedStage) -> Iterator[None]:
+        """Notes the cost of a stage that finishes inside."""
+        shared = stage.folder.finished() is not None
+        yield
+        stored = stage.folder.finished()
+        assert stored is not None, stage.folder.name
+        self.found.append(stage_cost(stored, shared=shared))
+
+
+def score(
+    run: Run,
+    protocol: Protocol,
+    plan: ScoringPlan,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    costs: Costs,
+) -> SeedRun:
+    """Scores one classifier, clean and under each attack; finished stages are read, not run.
+
+    Args:
+        model: in eval mode, on the run's device, float32.
+        x, y: the protocol's test images [N, C, H, W] in [0, 1] and their labels [N].
+    """
+    with costs.of(plan.clean):
+        clean = _score(run, model, x, y, plan.clean)
+    fast = searchable(model, x[:8].to(run.device))
+    outcomes: dict[str, Outcome] = {}
+    for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
+        with costs.of(stage):
+            before = shared_square(protocol, spec)
+            outcomes[spec.name] = _attack(
+                run, protocol, spec, plan, stage, model, fast, x, y,
+                clean if before is None else outcomes[before.name],
+                without_square=before is not None,
+            )  # fmt: skip
+    return SeedRun(seed=plan.seed, clean=clean, attacks=outcomes)
+
+
+def searchable(model: nn.Module, images: Tensor) -> nn.Module:
+    """A faster form of `model` for attacks to search, or `model` itself where that is another function.
+
+    Args:
+        model: anybody's, in eval mode.
+        images: a few real ones [n, C, H, W], on which the two are compared.
+    """
+    fast = folded(model, images)
+    with torch.no_grad():
+        wanted, found = model(images), fast(images)
+    noise = LOGIT_NOISE * wanted.abs().max()
+    return fast if bool(((wanted - found).abs() <= noise).all()) else model
+
+
+def shared_square(protocol: Protocol, spec: AttackSpec) -> AttackSpec | None:
+    """The Square column whose run AutoAttack need not repeat, if the protocol has one.
+
+    AutoAttack standard counts an image as broken when any of its four attacks breaks it, and the last
+    of them is Square with 5,000 queries. Where an earlier column is that very attack on the same
+    images, its verdicts are taken over and only its survivors meet the other three. AutoAttack's
+    seconds are then those of the three.
+    """
+    if spec.kind != "autoattack" or spec.params.get("version", "standard") != "standard":
+        return None
+    for other in protocol.attacks[: protocol.attacks.index(spec)]:
+        same_images = other.images_per_seed == spec.images_per_seed
+        if other.kind == "square" and same_images and other.params.get("queries", 5000) == 5000:
+            return other
+    return None
+
+
+def attack_batch(resolution: int) -> int:
+    """Images attacked at once: fixed by the resolution, since Square's draws depend on the batch."""
+    return 256 if resolution <= 64 else 64
+
+
+def _score(run: Run, model: nn.Module, x: Tensor, y: Tensor, stage: PlannedStage) -> Outcome:
+    folder = stage.folder
+    stored = folder.finished()
+    if stored is None:
+        folder.begin(run.device)
+        with run.progress.stage(folder.name, len(x), "images") as bar:
+            right = score_clean(model, x, y, batch_size=attack_batch(x.shape[-1]))
+            bar.advance(len(x), f"{100 * right.float().mean():.1f}% right")
+        outcome = Outcome.from_flags(right.tolist())
+        stored = folder.finish(run.device, outcome=outcome.model_dump(mode="json"))
+    return Outcome.model_validate(stored["outcome"])
+
+
+def _attack(
+    run: Run,
+    protocol: Protocol,
+    spec: AttackSpec,
+    plan: ScoringPlan,
+    stage: PlannedStage,
+    model: nn.Module,
+    fast: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    before: Outcome,
+    *,
+    without_square: bool,
+) -> Outcome:
+    """Attacks the images that are right in `before`: clean, or Square's outcome for AutoAttack."""
+    folder = stage.folder
+    stored = folder.finished()
+    if stored is not None:
+        return Outcome.model_validate(stored["outcome"])
+    attack = _built(protocol, spec, plan.engine, **({"square": False} if without_square else {}))
+    first, count = protocol.slice_of(spec, plan.position)
+    x, y = x[first : first + count], y[first : first + count]
+    right = torch.tensor(before.flags()[first - before.first :][:count])
+    robust, distance = right.clone(), torch.zeros(count, dtype=torch.float64)
+    batches = plan_batches(right, attack_batch(x.shape[-1]))
+    state = folder.begin(run.device)
+    begun = 0
+    if state is not None:
+        begun, robust, distance = int(state["batches"]), state["robust"], state["distance"]
+    named = derive_seed(plan.seed, "attack", spec.name)
+    decided = int((~right).sum()) + sum(len(b) for b in batches[:begun])
+    with run.progress.stage(folder.name, count, "images", decided) as bar:
+        for number, index in enumerate(batches[begun:], start=begun + 1):
+            outcome = run_batch(attack, model, x, y, index, seed=named, searched=fast)
+            robust[index], distance[index] = ~outcome.broken, outcome.distance
+            left = sum(len(b) for b in batches[number:])
+            bar.advance(len(index), f"{int(robust.sum()) - left} robust so far")
+            if folder.due() and left:
+                folder.checkpoint({"batches": number, "robust": robust, "distance": distance})
+        bar.advance(0, f"{100 * robust.float().mean():.1f}% robust")
+    result = Outcome.from_flags(
+        robust.tolist(),
+        first=first,
+        bounded=attack.threat is not None,
+        max_distance=max(float(distance.max()), before.max_distance if without_square else 0.0),
+    )
+    folder.finish(run.device, outcome=result.model_dump(mode="json"))
+    return result

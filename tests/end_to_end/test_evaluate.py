@@ -1,0 +1,171 @@
+"""`guardbench evaluate` as a user types it, on a classifier that no part of guardbench has made."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from guardbench.errors import GuardbenchError
+from guardbench.protocol import _folder
+from guardbench.records import ClassifierRecord, load_any_record, load_record
+
+LINEAR = """
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+def network(scale=1.0):
+    digits = load_digits()
+    pixels = digits.images[:900].reshape(900, -1) / 16
+    fitted = LogisticRegression(C=0.05, max_iter=300).fit(pixels, digits.target[:900])
+    layer = torch.nn.Linear(64, 10)
+    layer.weight.data = scale * torch.tensor(fitted.coef_, dtype=torch.float32)
+    layer.bias.data = scale * torch.tensor(fitted.intercept_, dtype=torch.float32)
+    return torch.nn.Sequential(torch.nn.Flatten(), layer)
+"""
+
+
+def guardbench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "guardbench", *words],
+        cwd=cwd, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A linear classifier of scikit-learn under a protocol of four short attacks."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    text = (_folder() / "digits.toml").read_text()
+    for old, new in {
+        'id = "digits"': 'id = "quick"',
+        "images_per_seed = 100": "images_per_seed = 30",
+        "queries = 5000": "queries = 100",
+        "count = 300": "count = 90",
+        'rank_by = "autoattack"': 'rank_by = "pgd100"',
+        'sha256 = "': '# sha256 = "',
+    }.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    targeted = '[[attacks]]\nname = "apgd-t"\nkind = "apgd"\nparams = { loss = "dlr-targeted" }\n'
+    head, _, _ = text.partition('[[attacks]]\nname = "autoattack"')
+    (folder / "quick.toml").write_text(head + targeted)
+    (folder / "linear.py").write_text(LINEAR)
+    return folder, evaluate(folder)
+
+
+def evaluate(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    words = "evaluate", "--protocol", "quick.toml", "--python", "linear:network", "--name", "lr"
+    return guardbench(*words, *more, cwd=folder)
+
+
+def the_record(folder: Path) -> ClassifierRecord:
+    record = load_any_record(folder / "guardbench-runs" / "classifiers" / "quick" / "lr-seed0.json")
+    assert isinstance(record, ClassifierRecord)
+    return record
+
+
+def test_the_table_and_the_record_say_the_same(evaluated) -> None:
+    folder, result = evaluated
+    assert result.returncode == 0, result.stderr
+    record = the_record(folder)
+    (seed,) = record.seeds
+    assert record.classifier.arch == "linear:network"
+    assert record.classifier.parameters == 650
+    assert record.provenance.engine == "guardbench"
+    assert record.flags == ()
+    assert 75 < seed.clean.correct <= 90
+    shown = re.search(r"^clean +90 x 1 +([\d.]+)", result.stdout, re.MULTILINE)
+    assert shown is not None
+    assert float(shown[1]) == round(100 * seed.clean.correct / 90, 1)
+    assert guardbench("show", str(next(folder.rglob("lr-seed0.json"))), cwd=folder).returncode == 0
+
+
+def test_apgd_on_all_targets_reaches_the_exact_robust_accuracy(evaluated, monkeypatch) -> None:
+    """Of a linear model it is known: for each other class, the worst corner of the box in [0, 1]."""
+    from fractions import Fraction
+
+    from guardbench.data.dataset import load_split
+    from guardbench.progress import Progress
+    from guardbench.protocol import load_protocol
+
+    folder, _ = evaluated
+    protocol = load_protocol(str(folder / "quick.toml"))
+    test = load_split(
+        "digits", "val", resolution=8, data_dir=None, cache_dir=None, progress=Progress()
+    )
+    order = protocol.test_indices(test.ids)
+    x, y = test.batch(order).double(), test.labels[order]
+    monkeypatch.syspath_prepend(str(folder))
+    import linear
+
+    layer = linear.network()[1].double()
+    eps = float(Fraction(protocol.threat.model.eps))
+    robust = []
+    for image, label in zip(x.flatten(1), y, strict=True):
+        away = layer.weight - layer.weight[label]
+        worst = torch.where(away > 0, image + eps, image - eps).clamp(0, 1)
+        gaps = (away * worst).sum(1) + layer.bias - layer.bias[label]
+        gaps[label] = -torch.inf
+        robust.append(bool(gaps.max() < 0))
+    attacks = the_record(folder).seeds[0].attacks
+    assert attacks["apgd-t"].flags() == robust
+    assert 10 < sum(robust) < 80
+    # PGD climbs one loss over all classes, so it may miss; it never finds what is not there.
+    assert all(f or not r for r, f in zip(robust, attacks["pgd100"].flags(), strict=True))
+
+
+def test_what_is_finished_is_not_attacked_again_until_the_model_changes(evaluated) -> None:
+    folder, first = evaluated
+    assert "pgd100 0: 90/90 images" in first.stdout
+    again = evaluate(folder)
+    assert "pgd100 0:" not in again.stdout
+    (folder / "linear.py").write_text(LINEAR.replace("scale=1.0", "scale=2.0"))
+    assert "pgd100 0: 90/90 images" in evaluate(folder).stdout
+    (folder / "linear.py").write_text(LINEAR)
+
+
+def test_a_wrong_order_of_classes_is_flagged(evaluated) -> None:
+    folder, _ = evaluated
+    (folder / "shifted.py").write_text(
+        LINEAR.replace("torch.nn.Sequential(torch.nn.Flatten(), layer)",
+        "torch.nn.Sequential(torch.nn.Flatten(), layer, Shift())")
+        + "\nclass Shift(torch.nn.Module):\n    def forward(self, z): return z.roll(1, 1)\n"
+    )  # fmt: skip
+    words = "evaluate", "--protocol", "quick.toml", "--python", "shifted:network", "--name", "s"
+    result = guardbench(*words, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "is near chance: the normalisation or the order of the" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--protocol", "digits"), "say which classifier"),
+        (("--protocol", "digitz", "--python", "linear:network"), "Did you mean digits"),
+        (("--protocol", "digits", "--weights", "w.pt"), "say its --arch"),
+        (("--protocol", "digits", "--weights", "w.pt", "--arch", "resnet18"), "no such file"),
+        (("--protocol", "digits", "--python", "linear:network", "--arch", "x"), "has its own"),
+        (("--protocol", "digits", "--python", "linear:nothing"), "AttributeError"),
+        (("--protocol", "digits", "--python", "wide:network"), r"logits \[\d+, K\]"),
+        (("--protocol", "digits", "--python", "nan:network"), "answers NaN"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(evaluated, words, line) -> None:
+    folder, _ = evaluated
+    (folder / "wide.py").write_text("def network(): return lambda x: x\n")
+    (folder / "nan.py").write_text("def network(): return lambda x: x.flatten(1)[:, :10] / 0 * 0\n")
+    result = guardbench("evaluate", *words, cwd=folder)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert re.search(line, result.stderr)
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_the_record_of_a_classifier_has_no_place_on_a_board(evaluated) -> None:
+    folder, _ = evaluated
+    with pytest.raises(GuardbenchError, match="record of a classifier"):
+        load_record(next(folder.rglob("lr-seed0.json")))
