@@ -10,6 +10,7 @@ import typer
 
 import guardbench
 from guardbench.cli import leaderboard
+from guardbench.cli.compare import compare
 from guardbench.cli.run import run
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(show)
+app.command()(compare)
 app.add_typer(leaderboard.app, name="leaderboard")
 
 

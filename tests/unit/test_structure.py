@@ -16,8 +16,8 @@ ROOMS = [
     ["errors", "canonical", "threat"],
     ["store", "progress"],
     ["protocol", "methods", "migrations", "records", "metrics", "registry"],
-    ["board"],
-    ["leaderboard", "report"],
+    ["paired", "board"],
+    ["leaderboard", "compare", "report"],
     ["runtime"],
     ["data"],
     ["models"],
@@ -93,7 +93,7 @@ def test_help_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "show", "leaderboard", "leaderboard build", "leaderboard check"]
+    "verb", ["run", "show", "compare", "leaderboard", "leaderboard build", "leaderboard check"]
 )
 def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
     from typer.testing import CliRunner
