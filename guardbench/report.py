@@ -1,10 +1,11 @@
-"""Records and boards as text: the table after a run, and how a board differs from its records."""
+"""Records, comparisons and boards as text: tables, and how a board differs from its records."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -15,6 +16,11 @@ from guardbench.leaderboard import stale_boards
 from guardbench.metrics import Estimate, estimate, worst_case
 from guardbench.progress import clock
 from guardbench.records import AnyRecord, ClassifierRecord, StageCost, printable
+
+if TYPE_CHECKING:  # numpy, which `show` does not need
+    from guardbench.compare import Comparison, Counts, Row, Side
+
+_SEED_COLUMNS = 4  # more students than these do not fit 80 columns side by side
 
 
 def print_record(
@@ -186,6 +192,123 @@ def _size(count: int) -> str:
         if value < 999.5:
             return f"{value:.3g} {unit}"
     return f"{value / 1000:.3g} TB"
+
+
+def print_comparison(console: Console, found: Comparison) -> None:
+    """Prints two records row by row: accuracies, their difference, its tests, and the verdict.
+
+    Fits 80 columns; plain text where the console is no terminal.
+    """
+
+    def line(text: str, style: str = "") -> None:
+        # Without `emoji=False`, `A:B:` would come out with a picture in it.
+        console.print(text, style=style, markup=False, highlight=False, emoji=False)
+
+    line(f"protocol  {found.protocol} ({found.protocol_sha256[:12]})")
+    for letter, side in (("A", found.a), ("B", found.b)):
+        line(f"{letter:<8}  {_side(side)}")
+    line("")
+    console.print(_rows(found))
+    for text in _comparison_footnotes(found):
+        line(text, "dim")
+    for text in found.notes:
+        line(f"note: {text}", "yellow")
+    line("")
+    console.print(_students(found))
+    line(
+        "Only A : only B right, and McNemar's exact p for that pair of networks alone. "
+        "All seeds: a description, no test, since seeds that share images are not independent.",
+        "dim",
+    )
+    if len(_seeds(found)) > _SEED_COLUMNS:
+        line(f"The tests of each of the {len(_seeds(found))} seeds are in --json.", "dim")
+
+
+def _side(side: Side) -> str:
+    return (
+        f"{side.title} ({side.method}), {side.ipc} images per class, {side.label_kind} labels, "
+        f"set {side.artifact_sha256[:12]}"
+    )
+
+
+def _rows(found: Comparison) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("measured", overflow="fold")
+    for title in ("images", "A %", "B %", "A - B", "95% interval", "A:B", "p"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    for row in found.rows:
+        counts = sorted(set(row.images_per_seed))
+        images = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+        table.add_row(
+            escape(_shown(row)),
+            f"{images}x{len(row.images_per_seed)}",
+            f"{row.a:.1f}",
+            f"{row.b:.1f}",
+            f"{row.difference:+.1f}",
+            f"{row.low:.1f} to {row.high:.1f}",
+            f"{row.by_image.only_a}:{row.by_image.only_b}",
+            _p(row.p_holm),
+            row.verdict,
+            style="bold" if row.measurement == "worst_case" else None,
+        )
+    return table
+
+
+def _shown(row: Row) -> str:
+    name = "worst case" if row.measurement == "worst_case" else row.measurement
+    return name if row.bounded else f"{name} *"
+
+
+def _comparison_footnotes(found: Comparison) -> list[str]:
+    several = any(row.interval != "images" for row in found.rows)
+    lines = [
+        "images: those that both measured, each seed, x seeds. Interval: of A - B in points, "
+        + (
+            "the wider of a bootstrap over seeds and images and Student's t over seeds."
+            if several
+            else "a bootstrap over images; one seed says nothing about other seeds."
+        ),
+        "A:B: images that more students of A have right, and of B. p: McNemar's exact test on "
+        f"these, with Holm's correction over {len(found.rows)} rows.",
+        "A difference stands when its interval excludes 0 and p is below 0.05.",
+        "One distilled set each: nothing here is about another run of the distillation.",
+    ]
+    free = [row.measurement for row in found.rows if not row.bounded]
+    if free:
+        lines.append(
+            f"* {', '.join(free)}: not held inside the threat model, not in the worst case."
+        )
+    return lines
+
+
+def _seeds(found: Comparison) -> list[int]:
+    return sorted({counts.seed for row in found.rows for counts in row.by_seed})
+
+
+def _students(found: Comparison) -> Table:
+    seeds = _seeds(found)
+    shown = seeds if len(seeds) <= _SEED_COLUMNS else []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("measured", overflow="fold")
+    for title in (*(f"seed {seed}" for seed in shown), "all seeds"):
+        table.add_column(title, justify="right", overflow="fold")
+    for row in found.rows:
+        by_seed = {counts.seed: _counts(counts) for counts in row.by_seed}
+        cells = [by_seed.get(seed, "") for seed in shown]
+        table.add_row(escape(_shown(row)), *cells, _counts(row.pooled))
+    return table
+
+
+def _counts(counts: Counts) -> str:
+    return f"{counts.only_a}:{counts.only_b} {_p(counts.p)}"
+
+
+def _p(p: float) -> str:
+    """A p-value in six characters at most, never rounded to 0."""
+    if p >= 0.001:
+        return f"{p:.3f}"
+    return f"{p:.0e}" if p >= 1e-99 else "<1e-99"
 
 
 def differences(root: Path, texts: Mapping[Path, str], *, limit: int = 200) -> list[str]:

@@ -17,13 +17,17 @@ _REFUSALS = (
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
+def atomic_path(target: Path, *, option: str = "--output") -> Iterator[Path]:
     """Gives a temporary path beside `target`; renames it to `target` when the block ends well.
+
+    Args:
+        target: where to.
+        option: the command-line option that names another place, for the error.
 
     Raises:
         GuardbenchError: the folder cannot be written or the disk is full; `target` is as it was.
     """
-    with explained(target):
+    with explained(target, option=option):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
             prefix=f".{target.name}.", suffix=".part", dir=target.parent
@@ -50,9 +54,9 @@ def write_bytes(target: Path, data: bytes) -> None:
         part.write_bytes(data)
 
 
-def write_text(target: Path, text: str) -> None:
-    """Writes `text` as UTF-8 with Unix line ends, whole or not at all."""
-    with atomic_path(target) as part:
+def write_text(target: Path, text: str, *, option: str = "--output") -> None:
+    """Writes `text` as UTF-8 with Unix line ends, whole or not at all; `option` as in `atomic_path`."""
+    with atomic_path(target, option=option) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -70,18 +74,18 @@ def read_text(path: Path, *, what: str, limit: int = 64 << 20) -> str:
 
 
 @contextmanager
-def explained(target: Path) -> Iterator[None]:
+def explained(target: Path, *, option: str = "--output") -> Iterator[None]:
     """Turns the operating system's refusal to write `target` into one line with the way out."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise GuardbenchError(
-                f"{target}: the disk is full; free some space or choose another folder with --output."
+                f"{target}: the disk is full; free some space or choose another folder with {option}."
             ) from error
         if error.errno in _REFUSALS:
             raise GuardbenchError(
-                f"{target}: cannot be written ({error.strerror}); choose another folder with --output."
+                f"{target}: cannot be written ({error.strerror}); choose another folder with {option}."
             ) from error
         raise
 

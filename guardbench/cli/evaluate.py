@@ -90,7 +90,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     from guardbench.assessment import Request, assess, prepare
     from guardbench.progress import Progress
 

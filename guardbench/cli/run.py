@@ -75,7 +75,7 @@ def run(
     """
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     with console.status("looking around") if console.is_terminal else _Quiet():
         from guardbench.pipeline import Settings, execute, expected_seconds, make_plan
         from guardbench.progress import Progress

@@ -25,7 +25,9 @@ def show(
     from guardbench.report import print_record
 
     loaded = load_any_record(record)
-    print_record(Console(), loaded, threat=_threat(loaded.protocol, loaded.protocol_sha256))
+    print_record(
+        Console(emoji=False), loaded, threat=_threat(loaded.protocol, loaded.protocol_sha256)
+    )
 
 
 def _threat(protocol: str, digest: str) -> str | None:

@@ -419,7 +419,7 @@ def test_every_search_has_its_own_random_start():
     image, job = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0])
     rows = search.begin(x[image], y[image], image, job)
     starts = [random_start(x, LINF, 4, number) for number in (0, 1)]
-    assert torch.equal(rows["adv"], torch.stack([starts[j][i] for i, j in zip(image, job)]))
+    assert torch.equal(rows["adv"], torch.stack(starts)[job, image])
     assert not torch.equal(starts[0], starts[1])
     assert torch.equal(rows["target"], search.targets[image, job])
 

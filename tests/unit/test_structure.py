@@ -16,18 +16,19 @@ ROOMS = [
     ["errors", "canonical", "threat"],
     ["store", "progress"],
     ["protocol", "methods", "migrations", "records", "metrics", "registry"],
-    ["board"],
-    ["leaderboard", "report"],
-    ["runtime"],
+    ["paired", "board"],
+    ["leaderboard", "compare", "report"],
+    ["runtime", "provenance"],
     ["data"],
     ["models"],
-    ["distilled", "curvature"],
+    ["distilled", "imported", "curvature"],
     ["distillers"],
     ["views"],
     ["training"],
     ["attacks"],
+    ["scoring"],
     ["evaluation"],
-    ["pipeline"],
+    ["pipeline", "assessment"],
     ["cli", "__main__"],
 ]
 LIGHT = 5  # rooms before this one never import torch
@@ -93,7 +94,8 @@ def test_help_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "show", "leaderboard", "leaderboard build", "leaderboard check"]
+    "verb",
+    ["run", "evaluate", "show", "compare", "leaderboard", "leaderboard build", "leaderboard check"],
 )
 def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
     from typer.testing import CliRunner
