@@ -75,6 +75,7 @@ class _Search:
         if wrong is None:
             with torch.no_grad():
                 wrong = model(adv).argmax(1) != y
+        # Not the clean image: if float noise alone makes it wrong here, it may be right elsewhere.
         wrong = wrong & (rows["step"] > 0)
         self.crossed = float(wrong.float().mean())
         hit = wrong & (length(adv - x, "linf") <= float(self.attack.threat.eps))
