@@ -194,7 +194,8 @@ def shared_square(protocol: Protocol, spec: AttackSpec) -> AttackSpec | None:
 
 
 def attack_batch(resolution: int) -> int:
-    """Images attacked at once: fixed by the resolution, since Square's draws depend on the batch."""
+    """Images between two checkpoints; fixed by the resolution, since the reference engine's draws
+    depend on the batch."""
     return 256 if resolution <= 64 else 64
 
 

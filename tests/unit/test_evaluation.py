@@ -8,14 +8,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from guardbench import evaluation
-from guardbench.attacks.autoattack import AutoAttack, Square
+from guardbench import evaluation, scoring
+from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_verified
+from guardbench.attacks.square import Square
 from guardbench.data.dataset import RealDataset
-from guardbench.evaluation import attack_batch, plan_evaluation, shared_square
+from guardbench.evaluation import plan_evaluation
+from guardbench.models import batch_norms, build_model
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
 from guardbench.runtime import Run
+from guardbench.scoring import attack_batch, searchable, shared_square
 
 
 def make_run(tmp_path) -> Run:
@@ -70,7 +73,7 @@ def evaluated(tmp_path, monkeypatch):
     """An evaluation in which training is replaced by a fixed network, and how often it attacked."""
     model = linear_model()
     calls: list[int] = []
-    real = evaluation.run_batch
+    real = scoring.run_batch
 
     def train(run, _set, _student, _seed, stage, _labels):
         if stage.folder.finished() is None:
@@ -83,7 +86,7 @@ def evaluated(tmp_path, monkeypatch):
         return real(attack, net, x, y, index, **kwargs)
 
     monkeypatch.setattr(evaluation, "train_student", train)
-    monkeypatch.setattr(evaluation, "run_batch", counted)
+    monkeypatch.setattr(scoring, "run_batch", counted)
     run, protocol, test = make_run(tmp_path), small_protocol(), make_test_set()
     order = protocol.test_indices(test.ids)
     # Labels that the network gives, but for every third image: its clean accuracy is known.
@@ -113,8 +116,8 @@ def test_counts_are_those_of_the_network(evaluated) -> None:
         assert square.correct <= sum(run.clean.flags()[20 * position : 20 * position + 20])
     x, y = test.batch(order), test.labels[order]
     spec = protocol.attacks[0]
-    attack = evaluation.build_attack(spec.kind, protocol.threat.model, spec.params)
-    named = evaluation.derive_seed(1, "attack", spec.name)
+    attack = scoring.build_attack(spec.kind, protocol.threat.model, spec.params)
+    named = scoring.derive_seed(1, "attack", spec.name)
     alone = run_verified(attack, model, x, y, seed=named, batch_size=7)
     assert runs[1].attacks["pgd100"].flags() == alone.robust.tolist()
     assert [c.stage for c in costs[:4]] == ["student 0", "clean 0", "pgd100 0", "square 0"]
@@ -133,20 +136,20 @@ def test_what_is_finished_is_not_attacked_again(evaluated) -> None:
 
 def test_an_interrupted_attack_goes_on_at_its_next_batch(evaluated, monkeypatch) -> None:
     go, calls, *_ = evaluated
-    monkeypatch.setattr(evaluation, "attack_batch", lambda _resolution: 8)
-    monkeypatch.setattr(evaluation.PlannedStage, "__eq__", object.__eq__)
+    monkeypatch.setattr(scoring, "attack_batch", lambda _resolution: 8)
+    monkeypatch.setattr(scoring.PlannedStage, "__eq__", object.__eq__)
     monkeypatch.setattr("guardbench.runtime.CHECKPOINT_EVERY_S", -1.0)
-    counted = evaluation.run_batch
+    counted = scoring.run_batch
 
     def dies(*args, **kwargs):
         if len(calls) == 3:
             raise KeyboardInterrupt
         return counted(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "run_batch", dies)
+    monkeypatch.setattr(scoring, "run_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         go()
-    monkeypatch.setattr(evaluation, "run_batch", counted)
+    monkeypatch.setattr(scoring, "run_batch", counted)
     runs, _ = go()
     pgd = [8, 8, 8, 8, 8]
     assert calls[:5] == pgd, "three batches before, two after, none twice"
@@ -194,3 +197,30 @@ def test_square_first_gives_the_ensembles_verdict() -> None:
 
 def test_the_batch_of_an_attack_is_fixed_by_the_resolution_alone() -> None:
     assert [attack_batch(r) for r in (8, 32, 64, 224)] == [256, 256, 256, 64]
+
+
+class NormFirst(nn.Module):
+    """Its BN is defined behind a convolution and applied before it, so folding changes the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.lift, self.head = nn.Conv2d(1, 4, 1), nn.Linear(4, 10)
+        self.norm.running_mean.fill_(0.3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        behind = self.norm(self.lift(images))
+        return self.head(self.conv(behind[:, :1]).mean((2, 3)))
+
+
+def test_attacks_search_a_faster_copy_only_where_it_answers_the_same() -> None:
+    images = torch.rand(4, 1, 8, 8)
+    odd = NormFirst().eval()
+    assert searchable(odd, images) is odd
+    plain = build_model("convnet-d3-bn", channels=1, classes=10, resolution=8, seed=0).eval()
+    fast = searchable(plain, images)
+    assert not batch_norms(fast)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-5)
+    noisy = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout()).train()
+    assert searchable(noisy, images) is noisy
