@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from guardbench.canonical import digest
+from guardbench.checks import flags
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
@@ -139,7 +140,10 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             seeds=(seed,),
             cost=tuple(costs.found),
             provenance=provenance(run, request.engine),
-            flags=_flags(seed, dataset_info(protocol.dataset).num_classes),
+            flags=(
+                *_near_chance(seed, dataset_info(protocol.dataset).num_classes),
+                *flags((seed,)),
+            ),
             classifier=prepared.imported.described,
         )
         save_record(prepared.record_path, record)
@@ -158,7 +162,7 @@ def _fingerprint(prepared: Prepared, images: Tensor) -> str:
     return digest({"classifier": described.model_dump(mode="json"), "answers": answered})
 
 
-def _flags(seed: SeedRun, classes: int) -> tuple[str, ...]:
+def _near_chance(seed: SeedRun, classes: int) -> tuple[str, ...]:
     share = seed.clean.correct / seed.clean.total
     if share > NEAR_CHANCE / classes:
         return ()

@@ -37,7 +37,7 @@ class EvaluationPlan:
         """In the order in which they run."""
         found = [] if self.labels is None else [self.labels]
         for plan in self.seeds:
-            found += [plan.student, plan.scoring.clean, *plan.scoring.attacks]
+            found += [plan.student, *plan.scoring.stages]
         return found
 
 

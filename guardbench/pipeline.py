@@ -11,6 +11,7 @@ from typing import cast
 import torch
 
 from guardbench import canonical
+from guardbench.checks import flags
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import RealDataset, load_split
 from guardbench.data.locate import Located, locate
@@ -230,6 +231,7 @@ def execute(plan: Plan) -> Finished:
             seeds=seeds,
             cost=(*costs, *evaluating),
             provenance=provenance(run, settings.engine),
+            flags=flags(seeds),
         )
         save_record(plan.record_path, record)
         _keep_protocol(settings)

@@ -124,18 +124,39 @@ class Outcome(Strict):
         return self
 
 
-class SeedRun(Strict):
-    """One student: its seed, and what it got right, clean and under each attack.
+class Check(Strict):
+    """One sign of misleading robustness, measured.
 
     Attributes:
-        seed: of the student's training and of the attacks on it.
+        value: what was found, a share of the images.
+        limit: beyond which it is flagged.
+        images: how many were looked at.
+    """
+
+    value: float = Field(ge=-1.0, le=1.0)
+    limit: float = Field(ge=0.0, le=1.0)
+    images: int = Field(ge=1, le=10_000_000)
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the value is beyond its limit."""
+        return self.value > self.limit
+
+
+class SeedRun(Strict):
+    """One classifier: its seed, and what it got right, clean and under each attack.
+
+    Attributes:
+        seed: of a student's training and of the attacks on it.
         clean: without an attack.
         attacks: the attack's name in the protocol -> outcome, on images that `clean` covers.
+        checks: the check's name -> what it found (`guardbench.checks`); empty where none was made.
     """
 
     seed: int = Field(ge=0, lt=1 << 63)
     clean: Outcome
     attacks: dict[str, Outcome] = Field(min_length=1, max_length=64)
+    checks: dict[Name, Check] = Field(default_factory=dict, max_length=64)
 
     @field_validator("attacks")
     @classmethod

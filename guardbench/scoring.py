@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from guardbench.attacks.base import LOGIT_NOISE, Attack, plan_batches, run_batch, score_clean
 from guardbench.attacks.build import build_attack
 from guardbench.canonical import derive_seed
+from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, inspect, judge
 from guardbench.distillers.base import PlannedStage
 from guardbench.models import folded
 from guardbench.protocol import AttackSpec, Protocol
-from guardbench.records import Engine, Outcome, SeedRun, StageCost
+from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
 from guardbench.runtime import Run, stage_cost
 
 ENGINE_VERSION = 1
@@ -37,13 +38,20 @@ class ScoringPlan:
         seed: of the attacks' random choices.
         position: which slice of the test images it gets, where attacks get one each.
         engine: whose AutoAttack and Square run.
+        checks: the stage that looks for signs of misleading robustness.
     """
 
     seed: int
     position: int
     engine: Engine
     clean: PlannedStage
+    checks: PlannedStage
     attacks: tuple[PlannedStage, ...]
+
+    @property
+    def stages(self) -> list[PlannedStage]:
+        """In the order in which they run."""
+        return [self.clean, self.checks, *self.attacks]
 
 
 def plan_scoring(
@@ -71,6 +79,14 @@ def plan_scoring(
         protocol.test.count / 3,
         fp32=True,
     )
+    words = {"stage": "checks", "version": CHECKS_VERSION, **on,
+             "threat": protocol.threat.model_dump(), "seed": seed}  # fmt: skip
+    checks = PlannedStage(
+        run.stage(f"checks {seed}", "attacks", words),
+        f"{IMAGES} images",
+        IMAGES * (50 + 20 * RESTARTS / 3) * 2 / 3,
+        fp32=True,
+    )
     attacks = []
     for spec in protocol.attacks:
         _built(protocol, spec, engine)  # refuses a wrong one early
@@ -91,7 +107,7 @@ def plan_scoring(
             words["after"] = before.model_dump(mode="json")
         folder = run.stage(f"{spec.name} {seed}", "attacks", words)
         attacks.append(PlannedStage(folder, f"{count} images", count * _passes(spec), fp32=True))
-    return ScoringPlan(seed, position, engine, clean, tuple(attacks))
+    return ScoringPlan(seed, position, engine, clean, checks, tuple(attacks))
 
 
 def _built(protocol: Protocol, spec: AttackSpec, engine: Engine, **more: object) -> Attack:
@@ -149,6 +165,8 @@ def score(
     """
     with costs.of(plan.clean):
         clean = _score(run, model, x, y, plan.clean)
+    with costs.of(plan.checks):
+        checks = _inspect(run, protocol, plan, model, x, y, clean)
     fast = searchable(model, x[:8].to(run.device))
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
@@ -159,7 +177,8 @@ def score(
                 clean if before is None else outcomes[before.name],
                 without_square=before is not None,
             )  # fmt: skip
-    return SeedRun(seed=plan.seed, clean=clean, attacks=outcomes)
+    scored = SeedRun(seed=plan.seed, clean=clean, attacks=outcomes)
+    return scored.model_copy(update={"checks": {**checks, **judge(scored, protocol)}})
 
 
 def searchable(model: nn.Module, images: Tensor) -> nn.Module:
@@ -210,6 +229,37 @@ def _score(run: Run, model: nn.Module, x: Tensor, y: Tensor, stage: PlannedStage
         outcome = Outcome.from_flags(right.tolist())
         stored = folder.finish(run.device, outcome=outcome.model_dump(mode="json"))
     return Outcome.model_validate(stored["outcome"])
+
+
+def _inspect(
+    run: Run,
+    protocol: Protocol,
+    plan: ScoringPlan,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    clean: Outcome,
+) -> dict[str, Check]:
+    folder = plan.checks.folder
+    stored = folder.finished()
+    if stored is None:
+        folder.begin(run.device)
+        right = torch.tensor(clean.flags()).nonzero().squeeze(1)[:IMAGES]
+        with run.progress.stage(folder.name, len(right), "images") as bar:
+            found = inspect(
+                model,
+                x[right].to(run.device),
+                y[right].to(run.device),
+                protocol.threat.model,
+                seed=derive_seed(plan.seed, "checks"),
+            )
+            raised = [name for name, check in found.items() if check.flagged]
+            bar.advance(
+                len(right), f"flagged: {', '.join(raised)}" if raised else "nothing flagged"
+            )
+        words = {name: check.model_dump(mode="json") for name, check in found.items()}
+        stored = folder.finish(run.device, checks=words)
+    return {name: Check.model_validate(words) for name, words in stored["checks"].items()}
 
 
 def _attack(

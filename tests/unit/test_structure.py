@@ -26,6 +26,7 @@ ROOMS = [
     ["views"],
     ["training"],
     ["attacks"],
+    ["checks"],
     ["scoring"],
     ["evaluation"],
     ["pipeline", "assessment"],

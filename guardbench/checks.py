@@ -1,0 +1,177 @@
+"""Signs that a robust accuracy should not be believed: gradients that mislead, answers that are random.
+
+After Athalye et al., "Obfuscated gradients give a false sense of security", ICML 2018
+(arXiv:1802.00420, section 3.1), Carlini et al., "On evaluating adversarial robustness" (arXiv:1902.06705),
+and the warnings of AutoAttack's authors. A check measures one number on a few images that the
+classifier gets right, and flags it beyond a limit; a flag is a reason to look, not a verdict.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from guardbench.attacks.apgd import APGD
+from guardbench.attacks.base import LOGIT_NOISE, frozen
+from guardbench.attacks.pgd import PGD
+from guardbench.protocol import Protocol
+from guardbench.records import Check, SeedRun
+from guardbench.threat import ThreatModel
+
+CHECKS_VERSION = 1
+"""Part of the key of what checks find: raised when their numbers may change."""
+IMAGES = 64
+RESTARTS = 10
+SINGLE_STEP, BLACK_BOX = ("fgsm",), ("square",)
+MULTI_STEP = ("pgd", "mim", "apgd")
+WHITE_BOX = (*SINGLE_STEP, *MULTI_STEP, "fab")
+MEANING: dict[str, str] = {
+    "random-answers": "two answers to the same images differ",
+    "batch-dependence": "answers depend on the images beside them",
+    "probabilities": "the logits are probabilities, whose gradients vanish when they saturate",
+    "zero-gradients": "no gradient of the loss reaches the image",
+    "unbounded": "images survive an attack without a bound (eps 1)",
+    "restarts": "nine more random starts of PGD break images that one does not",
+    "black-box": "Square, which sees no gradients, beats the white-box attacks",
+    "single-step": "FGSM beats attacks of many steps",
+}
+"""What each check looks for; a flag says so."""
+
+
+def inspect(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int
+) -> dict[str, Check]:
+    """The checks that ask the model.
+
+    Args:
+        model: in eval mode, float32, its answers finite.
+        x, y: images [n, C, H, W] in [0, 1] that it gets right, on its device; at most 64 are used.
+        threat: the ball of the protocol, l-inf or l2; in l1 only the first four checks are made.
+        seed: of the random starts.
+
+    Returns:
+        Check by name, shares of the images used. Empty when the model gets no image right.
+    """
+    x, y = x[:IMAGES], y[:IMAGES]
+    if not len(x):
+        return {}
+    with frozen(model):
+        with torch.no_grad():
+            logits, again = model(x), model(x)
+            halves = torch.cat([model(part) for part in torch.split(x, (len(x) + 1) // 2)])
+        found = {
+            "random-answers": _check(_differ(logits, again), 0.0),
+            "batch-dependence": _check(_differ(logits, halves), 0.0),
+            "probabilities": _check(_probabilities(logits), 0.5),
+            "zero-gradients": _check(_zero_gradients(model, x, y), 0.02),
+        }
+        if threat.norm == "l1" or found["zero-gradients"].value == 1:
+            return found  # an attack along gradients would say the same again
+        everything = ThreatModel("linf", Fraction(1))
+        survive = ~_fooled(model, APGD(threat=everything, steps=50), x, y, seed)
+        found["unbounded"] = _check(survive, 1 / logits.shape[1])
+        found["restarts"] = _check(_gained(model, x, y, threat, seed), 0.1)
+    return found
+
+
+def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
+    """The checks that compare what attacks of the protocol found, on the images they share.
+
+    The value is by how much robust accuracy under the stronger kind exceeds that under the weaker
+    one, as a share of the images; the stronger kind should never be the milder.
+    """
+    kinds = {spec.name: spec.kind for spec in protocol.attacks}
+    pairs = {"black-box": (BLACK_BOX, WHITE_BOX), "single-step": (SINGLE_STEP, MULTI_STEP)}
+    found = {}
+    for name, (weak, strong) in pairs.items():
+        weaker = [attack for attack in seed.attacks if kinds[attack] in weak]
+        stronger = [attack for attack in seed.attacks if kinds[attack] in strong]
+        if weaker and stronger:
+            value, images = _milder(seed, weaker, stronger)
+            if images:
+                found[name] = Check(value=value, limit=0.0, images=images)
+    return found
+
+
+def flags(runs: tuple[SeedRun, ...]) -> tuple[str, ...]:
+    """One line a check that is flagged for any seed, with its worst value."""
+    lines = []
+    for name, meaning in MEANING.items():
+        raised = [
+            run.checks[name] for run in runs if name in run.checks and run.checks[name].flagged
+        ]
+        if raised:
+            worst = max(raised, key=lambda check: check.value)
+            of = f"{len(raised)} of {len(runs)} seeds" if len(runs) > 1 else "one seed"
+            lines.append(
+                f"{name}: {meaning} ({100 * worst.value:.1f}% of {worst.images} images, {of})"
+            )
+    return tuple(lines)
+
+
+def _check(which: Tensor, limit: float) -> Check:
+    return Check(value=float(which.float().mean()), limit=limit, images=len(which))
+
+
+def _differ(first: Tensor, second: Tensor) -> Tensor:
+    """Images whose two answers differ by more than float noise, bool [n]."""
+    noise = LOGIT_NOISE * torch.maximum(first.abs().amax(1), second.abs().amax(1))
+    return (first - second).abs().amax(1) > noise
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    inside = ((logits >= 0) & (logits <= 1)).all(1)
+    return inside & ((logits.sum(1) - 1).abs() < 1e-3)
+
+
+def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    point = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(point), y, reduction="sum")
+    if not loss.requires_grad:
+        return torch.ones(len(x), dtype=torch.bool)
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, point, allow_unused=True)
+    gradient = gradients[0]
+    if gradient is None:
+        return torch.ones(len(x), dtype=torch.bool)
+    return (gradient.flatten(1) == 0).all(1)
+
+
+def _fooled(model: nn.Module, attack: APGD | PGD, x: Tensor, y: Tensor, seed: int) -> Tensor:
+    found = attack.perturb(model, x, y, seed=seed)
+    with torch.no_grad():
+        wrong: Tensor = model(found).argmax(1) != y
+    return wrong
+
+
+def _gained(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
+    """Images that PGD-20 breaks with ten random starts and not with the first alone, bool [n]."""
+
+    def pgd(restarts: int) -> PGD:
+        return PGD(threat=threat, steps=20, step=threat.eps / 8, restarts=restarts)
+
+    once = _fooled(model, pgd(1), x, y, seed)
+    often = once.clone()
+    rest = (~once).nonzero().squeeze(1)
+    if len(rest):
+        often[rest] = _fooled(model, pgd(RESTARTS), x[rest], y[rest], seed)
+    return often & ~once
+
+
+def _milder(seed: SeedRun, weaker: list[str], stronger: list[str]) -> tuple[float, int]:
+    """Accuracy under all of `stronger` minus that under all of `weaker`, and on how many images."""
+    outcomes = [seed.attacks[name] for name in (*weaker, *stronger)]
+    first, end = max(o.first for o in outcomes), min(o.end for o in outcomes)
+    if end <= first:
+        return 0.0, 0
+
+    def survivors(names: list[str]) -> int:
+        flags = [
+            seed.attacks[n].flags()[first - seed.attacks[n].first :][: end - first] for n in names
+        ]
+        return sum(all(image) for image in zip(*flags, strict=True))
+
+    return (survivors(stronger) - survivors(weaker)) / (end - first), end - first

@@ -1,0 +1,162 @@
+"""Each check has a model that is built to be caught by it, and an honest one that is not."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from guardbench.checks import IMAGES, MEANING, flags, inspect, judge
+from guardbench.protocol import load_protocol
+from guardbench.records import Check, Outcome, SeedRun
+from guardbench.threat import ThreatModel
+
+THREAT = ThreatModel("linf", Fraction(16, 255))
+
+
+@pytest.fixture(scope="module")
+def honest() -> tuple[nn.Module, Tensor, Tensor]:
+    """A linear classifier of digits, and images that it gets right."""
+    digits = load_digits()
+    pixels = digits.images.reshape(len(digits.images), -1) / 16
+    fitted = LogisticRegression(C=0.05, max_iter=300).fit(pixels[:900], digits.target[:900])
+    layer = nn.Linear(64, 10)
+    layer.weight.data = torch.tensor(fitted.coef_, dtype=torch.float32)
+    layer.bias.data = torch.tensor(fitted.intercept_, dtype=torch.float32)
+    model = nn.Sequential(nn.Flatten(), layer).eval()
+    x = torch.tensor(pixels[900:1100], dtype=torch.float32).view(-1, 1, 8, 8)
+    y = torch.tensor(digits.target[900:1100], dtype=torch.int64)
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    return model, x[right], y[right]
+
+
+class Wrapped(nn.Module):
+    """The honest classifier with something done before it and after it."""
+
+    def __init__(self, model, before=lambda x: x, after=lambda z: z) -> None:
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.after(self.model(self.before(images)))
+
+
+class Backwards(torch.autograd.Function):
+    """The identity with the sign of its gradient turned: every attack climbs the wrong way."""
+
+    @staticmethod
+    def forward(_ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx, *gradients: Tensor) -> Tensor:
+        return -gradients[0]
+
+
+CAUGHT = {
+    "random-answers": lambda m: Wrapped(m, after=lambda z: z + 0.1 * torch.randn_like(z)),
+    "batch-dependence": lambda m: Wrapped(m, after=lambda z: z - z.mean(0)),
+    "probabilities": lambda m: Wrapped(m, after=lambda z: z.softmax(1)),
+    "zero-gradients": lambda m: Wrapped(m, before=lambda x: (8 * x).round() / 8),
+    "unbounded": lambda m: Wrapped(m, before=Backwards.apply),
+}
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_model_built_to_be_caught_is_caught(honest, name) -> None:
+    model, x, y = honest
+    found = inspect(CAUGHT[name](model).eval(), x, y, THREAT, seed=0)
+    assert found[name].flagged
+    # An attack that climbs the wrong way still starts at random, which breaks some images.
+    assert found[name].value > (0.3 if name == "unbounded" else 0.9)
+    assert found[name].images == IMAGES
+
+
+def test_saturated_logits_and_detached_inputs_leave_no_gradient(honest) -> None:
+    model, x, y = honest
+    loud = Wrapped(model, after=lambda z: 1e3 * z).eval()
+    assert inspect(loud, x, y, THREAT, seed=0)["zero-gradients"].value > 0.5
+    cut = Wrapped(model, before=lambda x: x.detach()).eval()
+    found = inspect(cut, x, y, THREAT, seed=0)
+    assert found["zero-gradients"].value == 1
+    assert "unbounded" not in found
+
+
+class Rough(nn.Module):
+    """Wrong only in a narrow well of the first pixel, while the slope leads to the other side."""
+
+    def __init__(self, clean: Tensor) -> None:
+        super().__init__()
+        self.clean = clean
+
+    def forward(self, images: Tensor) -> Tensor:
+        t = (images[:, 0, 0, 0] - self.clean) / float(THREAT.eps)
+        margin = 1 + 0.3 * t - 3 * torch.exp(-(((t - 0.6) / 0.15) ** 2))
+        # At the ball's edge and beyond it is honest, so only the restarts tell.
+        margin = torch.where(t.abs() > 1.01, -torch.ones_like(margin) - t, margin)
+        return torch.stack([margin, *[torch.zeros_like(margin)] * 3], 1)
+
+
+def test_a_surface_too_rough_for_one_start_is_caught(honest) -> None:
+    del honest
+    x, y = torch.full((64, 1, 8, 8), 0.5), torch.zeros(64, dtype=torch.int64)
+    x += 1e-4 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0, 0] = 0.5
+    found = inspect(Rough(torch.tensor(0.5)).eval(), x, y, THREAT, seed=0)
+    assert found["restarts"].flagged
+    assert found["restarts"].value > 0.3
+    assert not found["zero-gradients"].flagged
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_honest_model_raises_nothing(honest, norm) -> None:
+    model, x, y = honest
+    threat = THREAT if norm == "linf" else ThreatModel("l2", Fraction(1, 2))
+    found = inspect(model, x, y, threat, seed=0)
+    assert list(found) == list(MEANING)[:6]
+    assert not [name for name, check in found.items() if check.flagged]
+    assert inspect(model, x[:0], y[:0], threat, seed=0) == {}
+    assert len(inspect(model, x[:1], y[:1], threat, seed=0)) == 6
+
+
+def seed_run(**right: str) -> SeedRun:
+    """Ten images, all right when clean; `1` says that one survives an attack."""
+    outcomes = {
+        name: Outcome.from_flags([c == "1" for c in bits], first=10 - len(bits))
+        for name, bits in right.items()
+    }
+    return SeedRun(seed=0, clean=Outcome.from_flags([True] * 10), attacks=outcomes)
+
+
+def test_kinds_of_attack_are_compared_on_the_images_they_share() -> None:
+    protocol = load_protocol("digits")
+    honest = seed_run(pgd100="1110000000", fgsm="1111100000", mim="1111000000", square="11000")
+    found = judge(honest, protocol)
+    assert found["single-step"] == Check(value=-0.2, limit=0.0, images=10)
+    # Of the last five images white-box attacks leave none, Square two.
+    assert found["black-box"] == Check(value=-0.4, limit=0.0, images=5)
+    masked = seed_run(pgd100="1111111111", fgsm="1111111000", mim="1111111110", square="00111")
+    found = judge(masked, protocol)
+    assert found["single-step"].value == pytest.approx(0.2)
+    assert found["single-step"].flagged
+    assert not found["black-box"].flagged, "FGSM is a white-box attack too"
+    assert judge(seed_run(cw="1" * 10), protocol) == {}
+    blind = seed_run(pgd100="1111111111", fgsm="1111111111", square="00011")
+    assert judge(blind, protocol)["black-box"] == Check(value=0.6, limit=0.0, images=5)
+
+
+def test_a_flag_names_its_worst_seed_in_one_line() -> None:
+    base = seed_run(pgd100="1" * 10)
+
+    def run(seed: int, value: float) -> SeedRun:
+        check = Check(value=value, limit=0.02, images=64)
+        return base.model_copy(update={"seed": seed, "checks": {"zero-gradients": check}})
+
+    (line,) = flags((run(0, 0.5), run(1, 0.01), run(2, 0.75)))
+    assert line == (
+        "zero-gradients: no gradient of the loss reaches the image (75.0% of 64 images, 2 of 3 seeds)"
+    )
+    assert flags((run(0, 0.01), base)) == ()
