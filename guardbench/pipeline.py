@@ -53,7 +53,7 @@ class Settings:
     cache_dir: Path | None
     output: Path
     publish: bool
-    engine: Engine = "guardbench"
+    engine: Engine
 
 
 @dataclass(frozen=True, kw_only=True)

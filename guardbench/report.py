@@ -67,9 +67,17 @@ def _head(record: AnyRecord, threat: str | None) -> list[str]:
         f"made by    guardbench {made.guardbench}, torch {made.versions.get('torch', '?')}, "
         f"commit {(made.commit or 'none')[:12]}",
         f"engine     {engine}",
+        *_checks(record),
         f"on         {made.device}, {made.threads} threads"
         + (f"; precision: {precision}" if precision else ""),
     ]
+
+
+def _checks(record: AnyRecord) -> list[str]:
+    """How many signs of misleading robustness were looked for; none in records older than they are."""
+    made = {name for run in record.seeds for name in run.checks}
+    raised = {name for run in record.seeds for name, found in run.checks.items() if found.flagged}
+    return [f"checks     {len(made)} made, {len(raised) or 'none'} flagged"] if made else []
 
 
 def _subject(record: AnyRecord, under: str) -> list[str]:

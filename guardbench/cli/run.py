@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from guardbench.cli.evaluate import EngineName
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -40,6 +42,10 @@ def run(
         str,
         typer.Option(help="Of distillation and training: auto, fp32 or bf16. Attacks are fp32."),
     ] = "auto",
+    engine: Annotated[
+        EngineName,
+        typer.Option(help="Whose AutoAttack and Square run; reference is pyautoattack, untouched."),
+    ] = EngineName.guardbench,
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -92,6 +98,7 @@ def run(
             cache_dir=cache_dir,
             output=output,
             publish=publish,
+            engine=engine.value,
         )
         plan = make_plan(settings, Progress(console))
         seconds = expected_seconds(plan)
@@ -144,6 +151,7 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
         "students": f"{len(protocol.student.seeds)} x {protocol.student.arch}, "
         f"{protocol.student.epochs} epochs",
         "threat": f"{threat_text(protocol)}; attacks: {', '.join(a.name for a in protocol.attacks)}",
+        "engine": settings.engine,
         "device": device_name(run.device),
         "precision": f"{run.precision} for distillation and training, fp32 for attacks",
         "files": str(settings.output),

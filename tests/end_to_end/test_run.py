@@ -93,13 +93,15 @@ def test_the_record_says_what_was_measured(ran) -> None:
     assert [run.seed for run in record.seeds] == [0, 1]
     assert record.test.total == 100
     assert {c.stage.split()[0] for c in record.cost} == {
-        "squeeze", "recover", "relabel", "student", "clean",
+        "squeeze", "recover", "relabel", "student", "clean", "checks",
         "pgd100", "fgsm", "mim", "cw", "square",
     }  # fmt: skip
     for run in record.seeds:
         assert run.attacks["square"].first == 20 * run.seed
         assert run.attacks["pgd100"].max_distance <= 16 / 255 + 1e-6
         assert not run.attacks["cw"].bounded
+        assert {"zero-gradients", "restarts", "black-box", "single-step"} <= run.checks.keys()
+    assert record.provenance.engine == "guardbench"
 
 
 def test_the_picture_has_one_row_a_class(ran) -> None:

@@ -120,7 +120,8 @@ def test_counts_are_those_of_the_network(evaluated) -> None:
     named = scoring.derive_seed(1, "attack", spec.name)
     alone = run_verified(attack, model, x, y, seed=named, batch_size=7)
     assert runs[1].attacks["pgd100"].flags() == alone.robust.tolist()
-    assert [c.stage for c in costs[:4]] == ["student 0", "clean 0", "pgd100 0", "square 0"]
+    names = ["student 0", "clean 0", "checks 0", "pgd100 0", "square 0"]
+    assert [c.stage for c in costs[:5]] == names
     assert not any(c.shared for c in costs)
 
 
