@@ -20,7 +20,8 @@ from guardbench.imported import Imported, from_file, from_python
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol
 from guardbench.provenance import provenance
-from guardbench.records import ClassifierRecord, Engine, SeedRun, save_record
+from guardbench.record_files import save_record
+from guardbench.records import ClassifierRecord, Engine, SeedRun
 from guardbench.runtime import Run, make_accelerator
 from guardbench.scoring import Costs, plan_scoring, score
 from guardbench.store import check_writable, explained

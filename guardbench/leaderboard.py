@@ -33,12 +33,8 @@ from guardbench.metrics import (
     estimate,
     worst_case,
 )
-from guardbench.records import (
-    LabelKind,
-    ResultRecord,
-    load_record,
-    printable,
-)
+from guardbench.record_files import load_record
+from guardbench.records import LabelKind, ResultRecord, printable
 from guardbench.store import write_text
 
 FOLDER = "leaderboards"

@@ -32,7 +32,8 @@ from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids, unknown
 from guardbench.provenance import provenance
-from guardbench.records import Engine, Method, ResultRecord, save_record
+from guardbench.record_files import save_record
+from guardbench.records import Engine, Method, ResultRecord
 from guardbench.registry import DISTILLERS, resolve
 from guardbench.runtime import Run, make_accelerator, stage_cost
 from guardbench.store import check_writable, explained, read_text, write_text

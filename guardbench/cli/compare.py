@@ -34,7 +34,7 @@ def compare(
 
     from guardbench import canonical
     from guardbench.compare import compare as compare_records
-    from guardbench.records import load_record
+    from guardbench.record_files import load_record
     from guardbench.report import print_comparison
     from guardbench.store import write_text
 

@@ -21,7 +21,7 @@ def show(
     """
     from rich.console import Console
 
-    from guardbench.records import load_any_record
+    from guardbench.record_files import load_any_record
     from guardbench.report import print_record
 
     loaded = load_any_record(record)

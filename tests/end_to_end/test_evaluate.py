@@ -10,7 +10,8 @@ import torch
 
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import _folder
-from guardbench.records import ClassifierRecord, load_any_record, load_record
+from guardbench.record_files import load_any_record, load_record
+from guardbench.records import ClassifierRecord
 
 LINEAR = """
 import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from guardbench.protocol import _folder
-from guardbench.records import load_record
+from guardbench.record_files import load_record
 
 
 def guardbench(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

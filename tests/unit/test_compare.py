@@ -19,7 +19,8 @@ from guardbench.cli import app
 from guardbench.compare import Comparison, compare
 from guardbench.errors import GuardbenchError
 from guardbench.paired import Pairs, bootstrap, holm, interval, mcnemar, pair
-from guardbench.records import Outcome, ResultRecord, load_record, save_record
+from guardbench.record_files import load_record, save_record
+from guardbench.records import Outcome, ResultRecord
 from guardbench.report import print_comparison
 
 GOLDEN = Path(__file__).parents[1] / "golden"

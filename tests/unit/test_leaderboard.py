@@ -19,7 +19,8 @@ from guardbench.cli.leaderboard import app
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import RecordFile, build_leaderboard, rebuild
-from guardbench.records import Outcome, ResultRecord, SeedRun, load_record, save_record
+from guardbench.record_files import load_record, save_record
+from guardbench.records import Outcome, ResultRecord, SeedRun
 from guardbench.report import differences
 from guardbench.threat import ThreatModel
 

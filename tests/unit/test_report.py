@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
 from guardbench.metrics import estimate, worst_case
-from guardbench.records import Outcome, ResultRecord, load_record, save_record
+from guardbench.record_files import load_record, save_record
+from guardbench.records import Outcome, ResultRecord
 from guardbench.report import print_record
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -15,7 +15,7 @@ ROOT = Path(guardbench.__file__).parent
 ROOMS = [
     ["errors", "canonical", "threat"],
     ["store", "progress"],
-    ["protocol", "methods", "migrations", "records", "metrics", "registry"],
+    ["protocol", "methods", "migrations", "records", "record_files", "metrics", "registry"],
     ["paired", "board"],
     ["leaderboard", "compare", "report"],
     ["runtime", "provenance"],
