@@ -8,22 +8,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from guardbench.canonical import digest
 from guardbench.checks import flags
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
 from guardbench.evaluation import measured_test
 from guardbench.imported import Imported, from_file, from_python
+from guardbench.pipeline import choose_protocol
 from guardbench.progress import Progress
-from guardbench.protocol import Protocol, load_protocol
+from guardbench.protocol import Protocol
 from guardbench.provenance import provenance
-from guardbench.record_files import save_record
+from guardbench.record_files import load_any_record, save_record
 from guardbench.records import ClassifierRecord, Engine, SeedRun
 from guardbench.runtime import Run, make_accelerator
-from guardbench.scoring import Costs, plan_scoring, score
+from guardbench.scoring import Costs, engines_used, plan_scoring, score
 from guardbench.store import check_writable, explained
 
 NEAR_CHANCE = 1.5
@@ -60,7 +62,8 @@ class Prepared:
     def record_path(self) -> Path:
         """Where the record goes."""
         folder = self.request.output / "classifiers" / self.protocol.id
-        return folder / f"{self.imported.described.name}-seed{self.request.seed}.json"
+        engine = "-reference" if self.request.engine == "reference" else ""
+        return folder / f"{self.imported.described.name}-seed{self.request.seed}{engine}.json"
 
 
 def prepare(request: Request, progress: Progress) -> Prepared:
@@ -75,7 +78,7 @@ def prepare(request: Request, progress: Progress) -> Prepared:
         raise GuardbenchError(
             "--python: the function's model has its own --arch and --normalisation."
         )
-    protocol = load_protocol(request.protocol)
+    protocol = choose_protocol(None, request.protocol)
     info = dataset_info(protocol.dataset)
     locate(protocol.dataset, request.data_dir, cache_dir=request.cache_dir)
     accelerator = make_accelerator(request.device, "fp32", protocol.resolution)
@@ -98,7 +101,44 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     else:
         assert request.python is not None
         imported = from_python(request.python, name=_name(request.name or request.python))
-    return Prepared(request, protocol, run, imported)
+    engines_used(protocol, request.engine)  # refuses an attack that cannot be built
+    imported.model.to(run.device)
+    _probe(imported, torch.rand(2, info.channels, protocol.resolution, protocol.resolution), run)
+    prepared = Prepared(request, protocol, run, imported)
+    _refuse_another(prepared)
+    return prepared
+
+
+def _probe(imported: Imported, images: Tensor, run: Run) -> None:
+    """A first answer, so that a model that cannot take these images is told in one line."""
+    try:
+        with torch.no_grad():
+            answers = imported.model(images.to(run.device))
+        shape = list(answers.shape)
+    # Broad on purpose: this is a stranger's model, and any error of it is theirs to hear of.
+    except Exception as error:
+        raise GuardbenchError(
+            f"{imported.described.arch}: cannot answer images {list(images.shape)} of this protocol: "
+            f"{type(error).__name__}: {brief(error)}."
+        ) from error
+    if len(shape) != 2 or shape[0] != len(images):
+        raise GuardbenchError(
+            f"{imported.described.arch}: must answer logits [{len(images)}, K], not {shape}."
+        )
+
+
+def _refuse_another(prepared: Prepared) -> None:
+    """Two files of one name must not overwrite each other's records."""
+    path = prepared.record_path
+    if not path.is_file():
+        return
+    before = load_any_record(path)
+    ours = prepared.imported.described
+    if isinstance(before, ClassifierRecord) and before.classifier != ours:
+        raise GuardbenchError(
+            f"{path}: holds another classifier of that name ({before.classifier.arch}); say --name, or "
+            "delete it."
+        )
 
 
 def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
@@ -120,13 +160,13 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
         )
         order = protocol.test_indices(test.ids)
         x, y = test.batch(order), test.labels[order]
-        model = prepared.imported.model.to(run.device)
+        model = prepared.imported.model
         plan = plan_scoring(
             run,
             protocol,
             seed=request.seed,
             position=0,
-            subject=_fingerprint(prepared, x[:8]),
+            subject=_fingerprint(prepared, x[:8], y[:8]),
             test_digest=test.digest,
             engine=request.engine,
         )
@@ -140,7 +180,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             test=measured_test(protocol, test),
             seeds=(seed,),
             cost=tuple(costs.found),
-            provenance=provenance(run, request.engine),
+            provenance=provenance(run, engines_used(protocol, request.engine)),
             flags=(
                 *_near_chance(seed, dataset_info(protocol.dataset).num_classes),
                 *flags((seed,)),
@@ -151,16 +191,34 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
     return record, prepared.record_path
 
 
-def _fingerprint(prepared: Prepared, images: Tensor) -> str:
-    """What the stages hang on: the description, and the answers to a few images.
+def _fingerprint(prepared: Prepared, x: Tensor, y: Tensor) -> str:
+    """What the stages hang on: everything by which one model can be told from another.
 
-    A function's code can change while its name and weights stay, and its answers then change too.
+    Weights, and for a few images beside the test images (which are multiples of 1/255, where a
+    quantising defence answers as its network does) the answers and their gradient. For a function,
+    the text of its module too; what that module imports is not looked at.
     """
-    model, described = prepared.imported.model, prepared.imported.described
-    with torch.no_grad():
-        answers = model(images.to(prepared.run.device)).float().cpu().contiguous()
-    answered = hashlib.sha256(answers.numpy().tobytes()).hexdigest()
-    return digest({"classifier": described.model_dump(mode="json"), "answers": answered})
+    model, described, device = (
+        prepared.imported.model,
+        prepared.imported.described,
+        prepared.run.device,
+    )
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        sha.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    noise = torch.empty(x.shape).uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(0))
+    point = (x + noise).clamp(0, 1).to(device).requires_grad_()
+    answers = model(point)
+    sha.update(answers.detach().float().cpu().numpy().tobytes())
+    if answers.requires_grad:
+        loss = F.cross_entropy(answers.float(), y.to(device), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, point, allow_unused=True)
+        if gradient is not None:
+            sha.update(gradient.float().cpu().numpy().tobytes())
+    words = described.model_dump(mode="json", exclude={"name"})
+    return digest(
+        {"classifier": words, "sha256": sha.hexdigest(), "source": prepared.imported.source}
+    )
 
 
 def _near_chance(seed: SeedRun, classes: int) -> tuple[str, ...]:

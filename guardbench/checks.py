@@ -24,6 +24,10 @@ from guardbench.threat import ThreatModel
 CHECKS_VERSION = 1
 """Part of the key of what checks find: raised when their numbers may change."""
 IMAGES = 64
+UNSTEADY = ("random-answers", "batch-dependence")
+"""Checks after whose flag two scorings of an adversarial image may disagree; it then counts as broken."""
+MARGIN = 0.02
+"""By which share of the images a weaker kind of attack may do better by chance."""
 RESTARTS = 10
 SINGLE_STEP, BLACK_BOX = ("fgsm",), ("square",)
 MULTI_STEP = ("pgd", "mim", "apgd")
@@ -92,7 +96,7 @@ def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
         if weaker and stronger:
             value, images = _milder(seed, weaker, stronger)
             if images:
-                found[name] = Check(value=value, limit=0.0, images=images)
+                found[name] = Check(value=value, limit=MARGIN, images=images)
     return found
 
 

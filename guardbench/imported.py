@@ -6,13 +6,12 @@ import importlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torchvision  # type: ignore[import-untyped]
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -35,16 +34,22 @@ NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
 """Mean and standard deviation a channel, of pixels in [0, 1]; one number stands for all channels."""
 
 WEIGHTS_LIMIT = 8 << 30
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema")
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
+WRAPPERS = ("state_dict", "model_state_dict", "net_state_dict", "model_state", "params", "model",
+            "net", "ema_state_dict", "state_dict_ema", "ema")  # fmt: skip
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "1.")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A model in eval mode, frozen and in float32, and its description for a record."""
+    """A model in eval mode, frozen and in float32, and its description for a record.
+
+    Attributes:
+        source: digest of the text of the module whose function made it, None for weights of a file.
+    """
 
     model: nn.Module
     described: Described
+    source: str | None = None
 
 
 def from_file(
@@ -81,16 +86,26 @@ def from_file(
         _fit(model, state, weights, arch)
         said = f"in the file: {_numbers(model.mean)}/{_numbers(model.std)}"
     else:
-        if normalisation is None:
+        state, inside = _normaliser(state, channels)
+        if inside is not None and normalisation is not None:
+            raise GuardbenchError(
+                f"--normalisation {normalisation}: {weights} holds its own ({inside[0]}); leave it out."
+            )
+        if inside is None and normalisation is None:
             raise GuardbenchError(
                 f"{weights}: holds no normalisation, and a wrong one gives wrong numbers in silence; "
                 f"say --normalisation {' | '.join(NORMALISATIONS)} | MEAN,..../STD,...."
             )
-        model.mean, model.std = _normalisation(normalisation, channels)
+        if inside is not None:
+            source, model.mean, model.std = inside
+        else:
+            assert normalisation is not None
+            source = normalisation
+            model.mean, model.std = _normalisation(normalisation, channels)
         state, taken = _without_prefix(state, model.backbone)
         steps += taken
         _fit(model.backbone, state, weights, arch)
-        said = f"{normalisation}: {_numbers(model.mean)}/{_numbers(model.std)}"
+        said = f"{source}: {_numbers(model.mean)}/{_numbers(model.std)}"
     return _describe(
         model, name=name, arch=arch, sha=sha, weights=", ".join(steps) or "as they are", said=said
     )
@@ -101,11 +116,11 @@ def from_python(spec: str, *, name: str) -> Imported:
 
     Args:
         spec: `package.module:function`, importable from the current folder. Called without arguments,
-            it gives an `nn.Module`, or anything callable, that maps float32 images [N, C, H, W] in
-            [0, 1] to logits [N, K] and normalises inside.
+            it gives an `nn.Module` that maps float32 images [N, C, H, W] in [0, 1] to logits [N, K]
+            and normalises inside.
 
     Raises:
-        GuardbenchError: there is no such function, it fails, or its result cannot be called.
+        GuardbenchError: there is no such function, it fails, or it gives no module.
     """
     module_name, _, function = spec.partition(":")
     if not module_name or not function:
@@ -115,34 +130,22 @@ def from_python(spec: str, *, name: str) -> Imported:
     try:
         made = getattr(importlib.import_module(module_name), function)()
     # Broad on purpose: this is the user's code, and any error of it is theirs to hear of.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise GuardbenchError(
             f"--python {spec}: {type(error).__name__}: {brief(error)} "
             f"({Path(place.filename).name}, line {place.lineno})."
         ) from error
-    if not callable(made):
-        raise GuardbenchError(f"--python {spec}: gave {type(made).__name__}, which is no model.")
-    model = made if isinstance(made, nn.Module) else _Called(made)
-    return _describe(
-        model,
-        name=name,
-        arch=spec,
-        sha=None,
-        weights="made by the function",
-        said="the model's own",
+    if not isinstance(made, nn.Module):
+        raise GuardbenchError(
+            f"--python {spec}: gave {type(made).__name__}, which is no torch.nn.Module; a plain function "
+            "could hide a network that is in training mode."
+        )
+    found = _describe(
+        made, name=name, arch=spec, sha=None, weights="made by the function", said="the model's own"
     )
-
-
-class _Called(nn.Module):
-    """A plain callable as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
+    file = getattr(sys.modules[module_name], "__file__", None)
+    return replace(found, source=canonical.file_digest(Path(file)) if file else None)
 
 
 def _describe(
@@ -151,10 +154,10 @@ def _describe(
     model = model.float().eval().requires_grad_(False)
     described = Described(
         name=name,
-        arch=printable(arch, 200),
+        arch=printable(arch, 190)[:200],
         weights_sha256=sha,
-        weights=printable(weights, 190),
-        normalisation=printable(said, 190),
+        weights=printable(weights, 190)[:200],
+        normalisation=printable(said, 190)[:200],
         parameters=sum(weight.numel() for weight in model.parameters()),
     )
     return Imported(model, described)
@@ -166,9 +169,9 @@ def _architecture(arch: str, channels: int, classes: int, resolution: int) -> Cl
         known = torchvision.models.list_models(module=torchvision.models)
         if stock not in known:
             raise unknown("torchvision network", stock, known)
-        return Classifier(
-            torchvision.models.get_model(stock, weights=None, num_classes=classes), channels
-        )
+        with torch.random.fork_rng(devices=[]):
+            network = torchvision.models.get_model(stock, weights=None, num_classes=classes)
+        return Classifier(network, channels)
     if arch not in ARCHITECTURES:
         raise unknown("architecture", arch, [*ARCHITECTURES, "torchvision:NAME"])
     return build_model(arch, channels=channels, classes=classes, resolution=resolution, seed=0)
@@ -188,13 +191,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     # Broad on purpose: torch's restricted unpickler raises struct.error, KeyError and more for a
     # damaged or hostile file, and each means the same to the user.
-    except (SafetensorError, Exception) as error:
+    except Exception as error:
         raise GuardbenchError(
             f"--weights {path}: cannot be read as tensors alone ({brief(error)}); code in it is never "
             "run. Save model.state_dict() with safetensors."
         ) from error
     steps = []
-    while isinstance(found, Mapping) and not any(isinstance(v, Tensor) for v in found.values()):
+    while isinstance(found, Mapping):
         inner = next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
         if inner is None:
             break
@@ -208,6 +211,29 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             f"--weights {path}: no tensors by name in it; save model.state_dict()."
         )
     return tensors, steps
+
+
+def _normaliser(
+    state: dict[str, Tensor], channels: int
+) -> tuple[dict[str, Tensor], tuple[str, Tensor, Tensor] | None]:
+    """Takes out the numbers of a normalising layer before the network, as robust models often have.
+
+    Returns:
+        The other tensors, and the layer's place with mean and standard deviation [C, 1, 1].
+    """
+    for mean, std in (("mean", "std"), ("mu", "sigma")):
+        for key in state:
+            place, dot, last = key.rpartition(".")
+            other = f"{place}{dot}{std}"
+            if last != mean or other not in state:
+                continue
+            pair = state[key], state[other]
+            if any(values.numel() != channels for values in pair):
+                continue
+            rest = {k: v for k, v in state.items() if k not in (key, other)}
+            first, second = (values.float().reshape(-1, 1, 1) for values in pair)
+            return rest, (f"in the file, {place or 'at its top'}", first, second)
+    return state, None
 
 
 def _without_prefix(
@@ -244,8 +270,11 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> N
         raise GuardbenchError(
             f"--weights {path}: do not fit --arch {arch}: {printable('; '.join(problems))}."
         )
-    for key in [k for k, v in state.items() if not v.isfinite().all()]:
-        raise GuardbenchError(f"--weights {path}: {printable(key, 80)} holds NaN or infinity.")
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized:
+            raise GuardbenchError(f"--weights {path}: {printable(key, 80)} is sparse or quantised.")
+        if not value.float().isfinite().all():
+            raise GuardbenchError(f"--weights {path}: {printable(key, 80)} holds NaN or infinity.")
     model.load_state_dict(state, strict=False)
 
 

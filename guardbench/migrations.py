@@ -10,12 +10,14 @@ Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 def _to_2(words: dict[str, Any]) -> dict[str, Any]:
     """Version 2 says whose engine attacked; before it there was pyautoattack's alone."""
-    made = words.get("provenance")
-    return (
-        {**words, "provenance": {**made, "engine": "reference"}}
-        if isinstance(made, dict)
-        else words
-    )
+    made, runs = words.get("provenance"), words.get("seeds")
+    if not isinstance(made, dict):
+        return words
+    first = runs[0] if isinstance(runs, list) and runs and isinstance(runs[0], dict) else {}
+    attacks = first.get("attacks")
+    known = set(attacks) if isinstance(attacks, dict) else set()
+    engines = dict.fromkeys(sorted({"autoattack", "square"} & known), "reference")
+    return {**words, "provenance": {**made, "engines": engines}}
 
 
 # MIGRATIONS[k] turns the words of version k + 1 into those of version k + 2. A published entry

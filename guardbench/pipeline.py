@@ -36,6 +36,7 @@ from guardbench.record_files import save_record
 from guardbench.records import Engine, Method, ResultRecord
 from guardbench.registry import DISTILLERS, resolve
 from guardbench.runtime import Run, make_accelerator, stage_cost
+from guardbench.scoring import engines_used
 from guardbench.store import check_writable, explained, read_text, write_text
 
 
@@ -231,7 +232,7 @@ def execute(plan: Plan) -> Finished:
             test=measured_test(protocol, test),
             seeds=seeds,
             cost=(*costs, *evaluating),
-            provenance=provenance(run, settings.engine),
+            provenance=provenance(run, engines_used(protocol, settings.engine)),
             flags=flags(seeds),
         )
         save_record(plan.record_path, record)

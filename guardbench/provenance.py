@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from guardbench.runtime import Run, device_name
 PACKAGES = ("torch", "torchvision", "accelerate", "pyautoattack", "numpy", "pillow", "scikit-learn")
 
 
-def provenance(run: Run, engine: Engine) -> Provenance:
-    """Versions and hardware of a run, for its record."""
+def provenance(run: Run, engines: Mapping[str, Engine]) -> Provenance:
+    """Versions and hardware of a run, and whose loops ran which attack, for its record."""
     return Provenance(
         guardbench=guardbench.__version__,
         commit=_commit(),
@@ -27,7 +28,7 @@ def provenance(run: Run, engine: Engine) -> Provenance:
         device=device_name(run.device),
         precision={"distillation": run.precision, "students": run.precision, "attacks": "fp32"},
         threads=torch.get_num_threads(),
-        engine=engine,
+        engines=dict(engines),
     )
 
 

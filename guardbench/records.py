@@ -150,16 +150,16 @@ class SeedRun(Strict):
     seed: int = Field(ge=0, lt=1 << 63)
     clean: Outcome
     attacks: dict[str, Outcome] = Field(min_length=1, max_length=64)
-    checks: dict[Name, Check] = Field(default_factory=dict, max_length=64)
+    checks: dict[str, Check] = Field(default_factory=dict, max_length=64)
 
-    @field_validator("attacks")
+    @field_validator("attacks", "checks")
     @classmethod
-    def _names(cls, attacks: dict[str, Outcome]) -> dict[str, Outcome]:
-        for name in attacks:
+    def _names(cls, words: dict[str, Any]) -> dict[str, Any]:
+        for name in words:
             _check_name(name, r"[a-z0-9][a-z0-9._+-]{0,63}", "lower-case letters, digits")
             if name in RESERVED:
                 raise ValueError(f"{name}: this name is reserved")
-        return attacks
+        return words
 
     @model_validator(mode="after")
     def _attacks_within_clean(self) -> SeedRun:
@@ -268,7 +268,8 @@ class Provenance(Strict):
         device: where it ran.
         precision: stage -> effective precision, such as `{"squeeze": "bf16", "attacks": "fp32"}`.
         threads: CPU threads used.
-        engine: whose AutoAttack and Square ran: this package's, or pyautoattack's (`reference`).
+        engines: attack -> whose loops ran it, for attacks that both this package and pyautoattack
+            (`reference`) have.
     """
 
     guardbench: Line
@@ -279,11 +280,11 @@ class Provenance(Strict):
     device: Line
     precision: dict[str, Line] = Field(max_length=256)
     threads: int = Field(ge=1)
-    engine: Engine
+    engines: dict[str, Engine] = Field(max_length=64)
 
-    @field_validator("versions", "precision")
+    @field_validator("versions", "precision", "engines")
     @classmethod
-    def _names(cls, words: dict[str, str]) -> dict[str, str]:
+    def _names(cls, words: dict[str, Any]) -> dict[str, Any]:
         for name in words:
             _check_name(name, r"[A-Za-z0-9][A-Za-z0-9._+ -]{0,63}", "letters, digits, spaces")
         return words
@@ -361,10 +362,12 @@ class _Measured(Strict):
     def result_sha256(self) -> str:
         """Digest of the result: a resumed run has that of an unbroken one, in any schema version.
 
-        It leaves out cost, provenance and the version of the file format.
+        It leaves out cost, provenance, checks and the version of the file format.
         """
-        rest = {"cost", "provenance", "schema_version"}
-        return canonical.digest(self.model_dump(mode="json", exclude=rest))
+        words = self.model_dump(mode="json", exclude={"cost", "provenance", "schema_version"})
+        for run in words["seeds"]:
+            del run["checks"]
+        return canonical.digest(words)
 
     @property
     def attack_names(self) -> tuple[str, ...]:

@@ -61,12 +61,13 @@ def _head(record: AnyRecord, threat: str | None) -> list[str]:
     made = record.provenance
     precision = ", ".join(f"{stage} {kind}" for stage, kind in made.precision.items())
     under = f"protocol   {record.protocol} ({record.protocol_sha256[:12]})"
-    engine = "guardbench's" if made.engine == "guardbench" else "pyautoattack's own (reference)"
+    theirs = sorted(name for name, by in made.engines.items() if by == "reference")
+    engine = f"pyautoattack for {', '.join(theirs)}" if theirs else "guardbench's own"
     return [
         *_subject(record, under + (f", threat {threat}" if threat else "")),
         f"made by    guardbench {made.guardbench}, torch {made.versions.get('torch', '?')}, "
         f"commit {(made.commit or 'none')[:12]}",
-        f"engine     {engine}",
+        *([f"engine     {engine}"] if made.engines else []),
         *_checks(record),
         f"on         {made.device}, {made.threads} threads"
         + (f"; precision: {precision}" if precision else ""),

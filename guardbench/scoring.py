@@ -6,6 +6,8 @@ by image. Attacks search a faster copy of the model; the verdicts are the model'
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +18,24 @@ from torch import Tensor, nn
 
 from guardbench.attacks.base import LOGIT_NOISE, Attack, plan_batches, run_batch, score_clean
 from guardbench.attacks.build import build_attack
+from guardbench.attacks.stream import rows_at_once
 from guardbench.canonical import derive_seed
-from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, inspect, judge
+from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, UNSTEADY, inspect, judge
 from guardbench.distillers.base import PlannedStage
+from guardbench.errors import GuardbenchError
 from guardbench.models import folded
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
 from guardbench.runtime import Run, stage_cost
 
+logger = logging.getLogger(__name__)
+
 ENGINE_VERSION = 1
 """Part of the key of what the engine finds: raised when its verdicts may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""
+STREAMED = ("autoattack", "square", "apgd", "fab")
+"""The kinds that `attacks.stream` runs, unless pyautoattack does."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def plan_scoring(
     )
     attacks = []
     for spec in protocol.attacks:
-        _built(protocol, spec, engine)  # refuses a wrong one early
+        attack = _built(protocol, spec, engine)  # refuses a wrong one early
         first, count = protocol.slice_of(spec, position)
         words = {
             "stage": "attack",
@@ -100,9 +108,11 @@ def plan_scoring(
             "images": count,
             "seed": seed,
         }
-        if spec.kind in ENGINES:
-            words["engine"] = engine if engine == "reference" else f"{engine} {ENGINE_VERSION}"
-        before = shared_square(protocol, spec)
+        if spec.kind in STREAMED:
+            theirs = _run_by(attack) == "reference"
+            version = importlib.metadata.version("pyautoattack") if theirs else ENGINE_VERSION
+            words["engine"] = f"{'pyautoattack' if theirs else 'guardbench'} {version}"
+        before = _taken_over(protocol, spec, engine)
         if before is not None:
             words["after"] = before.model_dump(mode="json")
         folder = run.stage(f"{spec.name} {seed}", "attacks", words)
@@ -111,10 +121,27 @@ def plan_scoring(
 
 
 def _built(protocol: Protocol, spec: AttackSpec, engine: Engine, **more: object) -> Attack:
+    if "engine" in spec.params:
+        raise GuardbenchError(
+            f"protocol {protocol.id}: attack {spec.name}: engine is no parameter of a protocol, "
+            "since both engines measure the same; say --engine."
+        )
     params = {**spec.params, **more}
     if spec.kind in ENGINES:
         params["engine"] = engine
     return build_attack(spec.kind, protocol.threat.model, params)
+
+
+def _run_by(attack: Attack) -> Engine | None:
+    """Whose loops run an attack that both engines have; None for the others."""
+    found: Engine | None = getattr(attack, "run_by", None)
+    return found
+
+
+def engines_used(protocol: Protocol, engine: Engine) -> dict[str, Engine]:
+    """Whose loops run each attack of a protocol that both engines have."""
+    ran = {spec.name: _run_by(_built(protocol, spec, engine)) for spec in protocol.attacks}
+    return {name: by for name, by in ran.items() if by is not None}
 
 
 def _passes(spec: AttackSpec) -> float:
@@ -167,32 +194,47 @@ def score(
         clean = _score(run, model, x, y, plan.clean)
     with costs.of(plan.checks):
         checks = _inspect(run, protocol, plan, model, x, y, clean)
+    steady = not any(checks[name].flagged for name in UNSTEADY if name in checks)
     fast = searchable(model, x[:8].to(run.device))
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
         with costs.of(stage):
-            before = shared_square(protocol, spec)
+            before = _taken_over(protocol, spec, plan.engine)
             outcomes[spec.name] = _attack(
                 run, protocol, spec, plan, stage, model, fast, x, y,
                 clean if before is None else outcomes[before.name],
                 without_square=before is not None,
+                steady=steady,
             )  # fmt: skip
     scored = SeedRun(seed=plan.seed, clean=clean, attacks=outcomes)
     return scored.model_copy(update={"checks": {**checks, **judge(scored, protocol)}})
 
 
 def searchable(model: nn.Module, images: Tensor) -> nn.Module:
-    """A faster form of `model` for attacks to search, or `model` itself where that is another function.
+    """A faster form of `model` for attacks to search, or `model` itself where there is none.
 
     Args:
         model: anybody's, in eval mode.
         images: a few real ones [n, C, H, W], on which the two are compared.
     """
-    fast = folded(model, images)
     with torch.no_grad():
-        wanted, found = model(images), fast(images)
+        wanted = model(images)
+        try:
+            found = (fast := folded(model, images))(images)
+        # Broad on purpose: folding knows our networks, and whatever it meets in others, they stay whole.
+        except Exception as error:  # noqa: BLE001
+            logger.info("not folded: %s", error)
+            return model
     noise = LOGIT_NOISE * wanted.abs().max()
-    return fast if bool(((wanted - found).abs() <= noise).all()) else model
+    same = found.shape == wanted.shape and bool(((wanted - found).abs() <= noise).all())
+    return fast if same else model
+
+
+def _taken_over(protocol: Protocol, spec: AttackSpec, engine: Engine) -> AttackSpec | None:
+    """The Square column whose verdicts AutoAttack takes over; none under pyautoattack, untouched."""
+    if _run_by(_built(protocol, spec, engine)) == "reference":
+        return None
+    return shared_square(protocol, spec)
 
 
 def shared_square(protocol: Protocol, spec: AttackSpec) -> AttackSpec | None:
@@ -203,13 +245,21 @@ def shared_square(protocol: Protocol, spec: AttackSpec) -> AttackSpec | None:
     images, its verdicts are taken over and only its survivors meet the other three. AutoAttack's
     seconds are then those of the three.
     """
-    if spec.kind != "autoattack" or spec.params.get("version", "standard") != "standard":
+    whole = spec.params.get("version", "standard") == "standard" and spec.params.get("square", True)
+    if spec.kind != "autoattack" or not whole:
         return None
     for other in protocol.attacks[: protocol.attacks.index(spec)]:
         same_images = other.images_per_seed == spec.images_per_seed
         if other.kind == "square" and same_images and other.params.get("queries", 5000) == 5000:
             return other
     return None
+
+
+def images_at_a_time(attack: Attack, kind: str, x: Tensor) -> int:
+    """Images between two checkpoints. `stream` fills its batch from all that it is given."""
+    if kind in STREAMED and _run_by(attack) != "reference":
+        return 16 * rows_at_once(x)
+    return attack_batch(x.shape[-1])
 
 
 def attack_batch(resolution: int) -> int:
@@ -275,6 +325,7 @@ def _attack(
     before: Outcome,
     *,
     without_square: bool,
+    steady: bool,
 ) -> Outcome:
     """Attacks the images that are right in `before`: clean, or Square's outcome for AutoAttack."""
     folder = stage.folder
@@ -286,7 +337,8 @@ def _attack(
     x, y = x[first : first + count], y[first : first + count]
     right = torch.tensor(before.flags()[first - before.first :][:count])
     robust, distance = right.clone(), torch.zeros(count, dtype=torch.float64)
-    batches = plan_batches(right, attack_batch(x.shape[-1]))
+    batches = plan_batches(right, images_at_a_time(attack, spec.kind, x[:1].to(run.device)))
+    untouched = _run_by(attack) == "reference"
     state = folder.begin(run.device)
     begun = 0
     if state is not None:
@@ -295,7 +347,10 @@ def _attack(
     decided = int((~right).sum()) + sum(len(b) for b in batches[:begun])
     with run.progress.stage(folder.name, count, "images", decided) as bar:
         for number, index in enumerate(batches[begun:], start=begun + 1):
-            outcome = run_batch(attack, model, x, y, index, seed=named, searched=fast)
+            outcome = run_batch(
+                attack, model, x, y, index, seed=named,
+                searched=None if untouched else fast, steady=steady,
+            )  # fmt: skip
             robust[index], distance[index] = ~outcome.broken, outcome.distance
             left = sum(len(b) for b in batches[number:])
             bar.advance(len(index), f"{int(robust.sum()) - left} robust so far")

@@ -56,7 +56,7 @@ class APGD:
             return x.clone()
         ranked = None
         if self.loss == "dlr-targeted":
-            ranked = ranked_targets(model, x, y, self.targets)
+            ranked = ranked_targets(model, x, y, self.targets, least=4)
         jobs = 1 if ranked is None else ranked.shape[1]
         search = _Search(self, ranked, seed)
         return stream(search, model, x, y, jobs=jobs)

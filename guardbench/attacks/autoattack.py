@@ -48,6 +48,12 @@ class AutoAttack:
             known = ", ".join(MIN_CLASSES)
             raise GuardbenchError(f"version must be one of {known}, not {self.version!r}")
 
+    @property
+    def run_by(self) -> Engine:
+        """Whose loops run: this package has `standard` in l-inf."""
+        ours = self.version == "standard" and self.threat.norm == "linf"
+        return self.engine if ours else "reference"
+
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
 
@@ -57,8 +63,7 @@ class AutoAttack:
         """
         if not len(x):
             return x.clone()
-        ours = self.version == "standard" and self.threat.norm == "linf"
-        if self.engine == "reference" or not ours:
+        if self.run_by == "reference":
             return reference_autoattack(
                 model, x, y, self.threat, seed, version=self.version, square=self.square
             )

@@ -46,7 +46,7 @@ class FAB:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
 
         Raises:
-            GuardbenchError: a model of fewer than 4 classes, or one that lets no gradient through.
+            GuardbenchError: a model of fewer than 2 classes, or one that lets no gradient through.
         """
         if not len(x):
             return x.clone()

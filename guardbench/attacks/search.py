@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.errors import GuardbenchError
+from guardbench.attacks.stream import gradient_of
 
 State = tuple[Tensor, ...]
 """Per-image tensors [n, ...]: first what the gradient moves, then what the attack remembers."""
@@ -112,10 +112,5 @@ def _differentiate(
         adv = image(variable)
         logits: Tensor = model(adv)
         value = objective(logits, adv, x, y)
-    if not logits.requires_grad:
-        raise GuardbenchError(
-            "no gradient reaches the images: the model detaches its input or runs without"
-            " autograd, so only a black-box attack (square) can judge it"
-        )
-    (gradient,) = torch.autograd.grad(value, variable)
+    gradient = gradient_of(value, variable)
     return adv.detach(), logits.detach(), gradient

@@ -42,6 +42,11 @@ class Square:
         if self.queries < 1:
             raise GuardbenchError(f"queries must be positive: {self}")
 
+    @property
+    def run_by(self) -> Engine:
+        """Whose loops run: this package has l-inf."""
+        return self.engine if self.threat.norm == "linf" else "reference"
+
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
 
@@ -50,7 +55,7 @@ class Square:
         """
         if not len(x):
             return x.clone()
-        if self.engine == "reference" or self.threat.norm != "linf":
+        if self.run_by == "reference":
             return reference_square(model, x, y, self.threat, seed, queries=self.queries)
         return stream(_Search(self, seed), model, x, y)
 

@@ -106,18 +106,26 @@ def stream(
 
 
 def gradient_of(values: Tensor, point: Tensor) -> Tensor:
-    """Gradient of every row's value [n] in its own row of `point` [n, ...].
+    """Gradient in `point` [n, ...] of the sum of `values`, each of which sees its own row alone.
 
     Raises:
         GuardbenchError: no gradient reaches the images.
     """
     if not values.requires_grad:
-        raise GuardbenchError(
-            "no gradient reaches the images: the model detaches its input or runs without"
-            " autograd, so only a black-box attack (square) can judge it"
-        )
-    (gradient,) = torch.autograd.grad(values.sum(), point)
-    return gradient
+        raise _no_gradient()
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+        values.sum(), point, allow_unused=True
+    )
+    if gradients[0] is None:
+        raise _no_gradient()
+    return gradients[0]
+
+
+def _no_gradient() -> GuardbenchError:
+    return GuardbenchError(
+        "no gradient reaches the images: the model detaches its input or runs without autograd, so"
+        " only a black-box attack (square) can judge it"
+    )
 
 
 def _firsts(image: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ def evaluate(
             help="What the record calls it; by default the file's name.", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the attacks' random choices.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the attacks' random choices.", min=0, max=2**63 - 1)
+    ] = 0,
     engine: Annotated[
         EngineName,
         typer.Option(help="Whose AutoAttack and Square run; reference is pyautoattack, untouched."),

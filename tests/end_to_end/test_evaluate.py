@@ -76,7 +76,7 @@ def test_the_table_and_the_record_say_the_same(evaluated) -> None:
     (seed,) = record.seeds
     assert record.classifier.arch == "linear:network"
     assert record.classifier.parameters == 650
-    assert record.provenance.engine == "guardbench"
+    assert record.provenance.engines == {"square": "guardbench"}
     assert record.flags == ()
     assert 75 < seed.clean.correct <= 90
     shown = re.search(r"^clean +90 x 1 +([\d.]+)", result.stdout, re.MULTILINE)
@@ -124,9 +124,15 @@ def test_what_is_finished_is_not_attacked_again_until_the_model_changes(evaluate
     assert "pgd100 0: 90/90 images" in first.stdout
     again = evaluate(folder)
     assert "pgd100 0:" not in again.stdout
-    (folder / "linear.py").write_text(LINEAR.replace("scale=1.0", "scale=2.0"))
+    # A defence that answers every image of whole 255ths as before: only its text tells it apart.
+    quantised = LINEAR.replace("torch.nn.Flatten(), layer", "Steps(), torch.nn.Flatten(), layer")
+    (folder / "linear.py").write_text(
+        quantised + "\nclass Steps(torch.nn.Module):\n"
+        "    def forward(self, x): return x + ((16 * x).round() / 16 - x).detach()\n"
+    )
     assert "pgd100 0: 90/90 images" in evaluate(folder).stdout
     (folder / "linear.py").write_text(LINEAR)
+    assert "pgd100 0:" not in evaluate(folder).stdout
 
 
 def test_a_wrong_order_of_classes_is_flagged(evaluated) -> None:
@@ -151,19 +157,48 @@ def test_a_wrong_order_of_classes_is_flagged(evaluated) -> None:
         (("--protocol", "digits", "--weights", "w.pt", "--arch", "resnet18"), "no such file"),
         (("--protocol", "digits", "--python", "linear:network", "--arch", "x"), "has its own"),
         (("--protocol", "digits", "--python", "linear:nothing"), "AttributeError"),
-        (("--protocol", "digits", "--python", "wide:network"), r"logits \[\d+, K\]"),
+        (("--protocol", "digits", "--python", "wide:network"), r"must answer logits \[2, K\]"),
+        (("--protocol", "digits", "--python", "big:network"), "cannot answer images"),
         (("--protocol", "digits", "--python", "nan:network"), "answers NaN"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(evaluated, words, line) -> None:
     folder, _ = evaluated
-    (folder / "wide.py").write_text("def network(): return lambda x: x\n")
-    (folder / "nan.py").write_text("def network(): return lambda x: x.flatten(1)[:, :10] / 0 * 0\n")
+    head = "import torch\nclass network(torch.nn.Module):\n    def forward(self, x): "
+    (folder / "wide.py").write_text(head + "return x\n")
+    (folder / "nan.py").write_text(head + "return x.flatten(1)[:, :10] / 0 * 0\n")
+    (folder / "big.py").write_text(
+        "import torch\ndef network(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 9))"
+    )
     result = guardbench("evaluate", *words, cwd=folder)
     assert result.returncode == 2, result.stdout + result.stderr
     assert re.search(line, result.stderr)
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_random_model_is_flagged_and_scored_all_the_same(evaluated) -> None:
+    """An image then counts as broken when either of two scorings is wrong."""
+    folder, _ = evaluated
+    (folder / "noisy.py").write_text(
+        LINEAR.replace("torch.nn.Flatten(), layer", "torch.nn.Flatten(), layer, Noise()")
+        + "\nclass Noise(torch.nn.Module):\n    def forward(self, z): return z + torch.randn_like(z)\n"
+    )
+    words = "evaluate", "--protocol", "quick.toml", "--python", "noisy:network", "--name", "noisy"
+    result = guardbench(*words, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "flag: random-answers: two answers to the same images differ" in result.stdout
+    record = load_any_record(next(folder.rglob("noisy-seed0.json")))
+    assert record.seeds[0].checks["random-answers"].flagged
+    assert any(flag.startswith("random-answers") for flag in record.flags)
+
+
+def test_another_classifier_of_the_same_name_is_not_overwritten(evaluated) -> None:
+    folder, _ = evaluated
+    words = "evaluate", "--protocol", "quick.toml", "--name", "lr"
+    result = guardbench(*words, "--python", "noisy:network", cwd=folder)
+    assert result.returncode == 2
+    assert "holds another classifier of that name (linear:network); say --name" in result.stderr
 
 
 def test_the_record_of_a_classifier_has_no_place_on_a_board(evaluated) -> None:

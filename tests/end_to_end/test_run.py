@@ -101,7 +101,7 @@ def test_the_record_says_what_was_measured(ran) -> None:
         assert run.attacks["pgd100"].max_distance <= 16 / 255 + 1e-6
         assert not run.attacks["cw"].bounded
         assert {"zero-gradients", "restarts", "black-box", "single-step"} <= run.checks.keys()
-    assert record.provenance.engine == "guardbench"
+    assert record.provenance.engines == {"square": "guardbench"}
 
 
 def test_the_picture_has_one_row_a_class(ran) -> None:

@@ -135,9 +135,9 @@ def test_kinds_of_attack_are_compared_on_the_images_they_share() -> None:
     protocol = load_protocol("digits")
     honest = seed_run(pgd100="1110000000", fgsm="1111100000", mim="1111000000", square="11000")
     found = judge(honest, protocol)
-    assert found["single-step"] == Check(value=-0.2, limit=0.0, images=10)
+    assert found["single-step"] == Check(value=-0.2, limit=0.02, images=10)
     # Of the last five images white-box attacks leave none, Square two.
-    assert found["black-box"] == Check(value=-0.4, limit=0.0, images=5)
+    assert found["black-box"] == Check(value=-0.4, limit=0.02, images=5)
     masked = seed_run(pgd100="1111111111", fgsm="1111111000", mim="1111111110", square="00111")
     found = judge(masked, protocol)
     assert found["single-step"].value == pytest.approx(0.2)
@@ -145,7 +145,7 @@ def test_kinds_of_attack_are_compared_on_the_images_they_share() -> None:
     assert not found["black-box"].flagged, "FGSM is a white-box attack too"
     assert judge(seed_run(cw="1" * 10), protocol) == {}
     blind = seed_run(pgd100="1111111111", fgsm="1111111111", square="00011")
-    assert judge(blind, protocol)["black-box"] == Check(value=0.6, limit=0.0, images=5)
+    assert judge(blind, protocol)["black-box"] == Check(value=0.6, limit=0.02, images=5)
 
 
 def test_a_flag_names_its_worst_seed_in_one_line() -> None:

@@ -70,6 +70,32 @@ def test_pixels_are_normalised_as_said(trained, tmp_path, text):
     torch.testing.assert_close(found.model(x), model.backbone((x - spread[0]) / spread[1]))
 
 
+def test_what_training_scripts_save_beside_the_weights_is_passed_over(trained, tmp_path):
+    model, x = trained
+    best = {"best_acc1": torch.tensor(71.2), "state_dict": model.backbone.state_dict(), "epoch": 9}
+    torch.save(best, tmp_path / "w.pt")
+    torch.testing.assert_close(load(tmp_path / "w.pt").model(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [("normalize.", ("mean", "std")), ("0.", ("mean", "std")), ("", ("mu", "sigma"))],
+)
+def test_a_normalising_layer_in_the_file_is_used(trained, tmp_path, place, names):
+    model, x = trained
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
+    inner = "1." if place == "0." else "model."
+    state = {inner + key: value for key, value in model.backbone.state_dict().items()}
+    state |= {place + names[0]: mean.view(1, 3, 1, 1), place + names[1]: std.view(1, 3, 1, 1)}
+    torch.save(state, tmp_path / "w.pt")
+    found = load(tmp_path / "w.pt", normalisation=None)
+    wanted = model.backbone((x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
+    torch.testing.assert_close(found.model(x), wanted)
+    assert "0.1,0.2,0.3/0.4,0.5,0.6" in found.described.normalisation
+    with pytest.raises(GuardbenchError, match="holds its own"):
+        load(tmp_path / "w.pt", normalisation="imagenet")
+
+
 def test_a_stock_network_of_torchvision(tmp_path):
     stock = torchvision.models.squeezenet1_1(num_classes=10).eval()
     torch.save(stock.state_dict(), tmp_path / "w.pt")
@@ -139,22 +165,23 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
         "def network(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)).train()\n"
         "def plain(): return lambda images: images.flatten(1)[:, :10]\n"
         "def number(): return 3\n"
+        "def leaves(): raise SystemExit(3)\n"
         "def broken():\n    raise KeyError('weights\\nlost')\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    x = torch.rand(2, 3, 8, 8)
     found = from_python("mine_here:network", name="mine")
     assert isinstance(found.model, nn.Module)
     assert not found.model.training
     assert found.described.parameters == 1930
-    assert torch.equal(from_python("mine_here:plain", name="x").model(x), x.flatten(1)[:, :10])
     for spec, line in {
         "mine_here": "package.module:function",
         "mine_here:absent": "AttributeError",
         "no_such_module:f": "ModuleNotFoundError",
-        "mine_here:number": "gave int, which is no model",
-        "mine_here:broken": r"KeyError: .*\(mine_here.py, line 6\)",
+        "mine_here:number": "gave int, which is no torch.nn.Module",
+        "mine_here:plain": "gave function, which is no torch.nn.Module",
+        "mine_here:leaves": "SystemExit",
+        "mine_here:broken": r"KeyError: .*\(mine_here.py, line 7\)",
     }.items():
         with pytest.raises(GuardbenchError, match=line) as caught:
             from_python(spec, name="x")
