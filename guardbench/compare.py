@@ -21,7 +21,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.metrics import CONFIDENCE, Basis, worst_case
 from guardbench.paired import RESAMPLES, Pairs, holm, interval, mcnemar, pair
 from guardbench.records import (
-    LabelKind,
+    AnyRecord,
     Line,
     Name,
     Outcome,
@@ -30,6 +30,7 @@ from guardbench.records import (
     Sha256,
     Strict,
     only_const,
+    printable,
 )
 
 COMPARISON_VERSION: Literal[1] = 1
@@ -99,13 +100,20 @@ class Row(Strict):
 
 
 class Side(Strict):
-    """One of the two records: whose it is, and the digests of what it measured and found."""
+    """One of the two records.
 
-    method: Name
+    Attributes:
+        name: of the method, or of the classifier.
+        title: as people write it.
+        made_from: what distinguishes it from others of that name.
+        measured_sha256: of the distilled set or of the weights; None for a function's model.
+        result_sha256: of what was found.
+    """
+
+    name: Name
     title: Line
-    ipc: int
-    label_kind: LabelKind
-    artifact_sha256: Sha256
+    made_from: Line
+    measured_sha256: Sha256 | None
     result_sha256: Sha256
 
 
@@ -121,7 +129,7 @@ class Comparison(Strict):
     notes: tuple[str, ...]
 
 
-def compare(a: ResultRecord, b: ResultRecord, *, resamples: int = RESAMPLES) -> Comparison:
+def compare(a: AnyRecord, b: AnyRecord, *, resamples: int = RESAMPLES) -> Comparison:
     """Compares two records, measurement by measurement, on the seeds and images that both have.
 
     The accuracy of a row is the mean over seeds, as everywhere here. Where all seeds measure the
@@ -213,7 +221,7 @@ def _row(
 
 
 def _measurements(
-    a: ResultRecord, b: ResultRecord, numbers: Sequence[int]
+    a: AnyRecord, b: AnyRecord, numbers: Sequence[int]
 ) -> dict[str, tuple[list[Outcome], list[Outcome]]]:
     """Clean, every attack that both have, and the worst case over the bounded ones of these."""
     ours, theirs = _runs(a, numbers), _runs(b, numbers)
@@ -231,7 +239,7 @@ def _measurements(
     return found
 
 
-def _runs(record: ResultRecord, numbers: Sequence[int]) -> list[SeedRun]:
+def _runs(record: AnyRecord, numbers: Sequence[int]) -> list[SeedRun]:
     by_number = {run.seed: run for run in record.seeds}
     return [by_number[number] for number in numbers]
 
@@ -240,13 +248,13 @@ def _only(run: SeedRun, attacks: Sequence[str]) -> SeedRun:
     return run.model_copy(update={"attacks": {name: run.attacks[name] for name in attacks}})
 
 
-def _is_bounded(a: ResultRecord, b: ResultRecord, name: str) -> bool:
+def _is_bounded(a: AnyRecord, b: AnyRecord, name: str) -> bool:
     if name not in a.attack_names:
         return True  # clean, and the worst case
     return all(record.seeds[0].attacks[name].bounded for record in (a, b))
 
 
-def _refuse_unlike(a: ResultRecord, b: ResultRecord) -> None:
+def _refuse_unlike(a: AnyRecord, b: AnyRecord) -> None:
     if a.protocol_sha256 != b.protocol_sha256:
         raise GuardbenchError(
             f"A is under protocol {a.protocol} ({a.protocol_sha256[:12]}) and B under {b.protocol} "
@@ -273,22 +281,19 @@ def _refuse_unlike(a: ResultRecord, b: ResultRecord) -> None:
             )
 
 
-def _extent(record: ResultRecord) -> str:
+def _extent(record: AnyRecord) -> str:
     return ", ".join(
         f"seed {run.seed}: {run.clean.first} to {run.clean.end - 1}" for run in record.seeds[:4]
     ) + (", ..." if len(record.seeds) > 4 else "")
 
 
-def _notes(a: ResultRecord, b: ResultRecord, numbers: Sequence[int], rows: set[str]) -> list[str]:
+def _notes(a: AnyRecord, b: AnyRecord, numbers: Sequence[int], rows: set[str]) -> list[str]:
     """What the rows do not say: other tracks, other sizes, what was left out, and flags."""
     lines = []
-    kinds = a.artifact.label_kind, b.artifact.label_kind
-    if kinds[0] != kinds[1]:
-        lines.append(f"A is given {kinds[0]} labels, B {kinds[1]} ones: no board ranks these.")
-    if a.ipc != b.ipc:
-        lines.append(f"A has {a.ipc} images per class, B {b.ipc}: no board ranks these.")
-    if a.artifact.sha256 == b.artifact.sha256:
-        lines.append("A and B are students of the same distilled set.")
+    if isinstance(a, ResultRecord) and isinstance(b, ResultRecord):
+        lines += _notes_on_sets(a, b)
+    if a.provenance.engines != b.provenance.engines:
+        lines.append("A and B were attacked by different engines (`guardbench show` says which).")
     for letter, record in (("A", a), ("B", b)):
         alone = [str(run.seed) for run in record.seeds if run.seed not in numbers]
         if alone:
@@ -302,13 +307,38 @@ def _notes(a: ResultRecord, b: ResultRecord, numbers: Sequence[int], rows: set[s
     return lines
 
 
-def _side(record: ResultRecord) -> Side:
+def _notes_on_sets(a: ResultRecord, b: ResultRecord) -> list[str]:
+    lines = []
+    kinds = a.artifact.label_kind, b.artifact.label_kind
+    if kinds[0] != kinds[1]:
+        lines.append(f"A is given {kinds[0]} labels, B {kinds[1]} ones: no board ranks these.")
+    if a.ipc != b.ipc:
+        lines.append(f"A has {a.ipc} images per class, B {b.ipc}: no board ranks these.")
+    if a.artifact.sha256 == b.artifact.sha256:
+        lines.append("A and B are students of the same distilled set.")
+    return lines
+
+
+def _side(record: AnyRecord) -> Side:
+    if isinstance(record, ResultRecord):
+        artifact = record.artifact
+        return Side(
+            name=record.method.name,
+            title=record.method.title,
+            made_from=f"{record.ipc} images per class, {artifact.label_kind} labels, "
+            f"set {artifact.sha256[:12]}",
+            measured_sha256=artifact.sha256,
+            result_sha256=record.result_sha256,
+        )
+    found = record.classifier
+    weights = (
+        "a function" if found.weights_sha256 is None else f"weights {found.weights_sha256[:12]}"
+    )
     return Side(
-        method=record.method.name,
-        title=record.method.title,
-        ipc=record.ipc,
-        label_kind=record.artifact.label_kind,
-        artifact_sha256=record.artifact.sha256,
+        name=found.name,
+        title=found.name,
+        made_from=printable(f"{found.arch}, {weights}", 190)[:200],
+        measured_sha256=found.weights_sha256,
         result_sha256=record.result_sha256,
     )
 

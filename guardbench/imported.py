@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torchvision  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -166,6 +165,8 @@ def _describe(
 def _architecture(arch: str, channels: int, classes: int, resolution: int) -> Classifier:
     kind, _, stock = arch.partition(":")
     if kind == "torchvision" and stock:
+        import torchvision  # type: ignore[import-untyped]
+
         known = torchvision.models.list_models(module=torchvision.models)
         if stock not in known:
             raise unknown("torchvision network", stock, known)

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torchvision  # type: ignore[import-untyped]
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -25,6 +24,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from guardbench.errors import GuardbenchError, brief
 from guardbench.protocol import unknown
 from guardbench.store import write_bytes
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet  # type: ignore[import-untyped]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -160,7 +162,7 @@ class ConvNet(nn.Module):
         return logits
 
 
-def fit_stem(net: torchvision.models.ResNet, channels: int, resolution: int) -> None:
+def fit_stem(net: ResNet, channels: int, resolution: int) -> None:
     """Replaces the first layers of a ResNet, in place, by ones that fit the resolution.
 
     | resolution | stem | feature map before layer1 |
@@ -180,9 +182,9 @@ def fit_stem(net: torchvision.models.ResNet, channels: int, resolution: int) -> 
 
 def _resnet(depth: str) -> Callable[[int, int, int], nn.Module]:
     def build(channels: int, classes: int, resolution: int) -> nn.Module:
-        net: nn.Module = getattr(torchvision.models, f"resnet{depth}")(
-            weights=None, num_classes=classes
-        )
+        import torchvision  # type: ignore[import-untyped]  # 5 s that a ConvNet need not wait for
+
+        net = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=classes)
         fit_stem(net, channels, resolution)
         return _with_small_map_convolutions(net)
 

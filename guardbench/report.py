@@ -234,10 +234,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
 
 
 def _side(side: Side) -> str:
-    return (
-        f"{side.title} ({side.method}), {side.ipc} images per class, {side.label_kind} labels, "
-        f"set {side.artifact_sha256[:12]}"
-    )
+    return f"{side.title} ({side.name}), {side.made_from}"
 
 
 def _rows(found: Comparison) -> Table:

@@ -34,13 +34,13 @@ def compare(
 
     from guardbench import canonical
     from guardbench.compare import compare as compare_records
-    from guardbench.record_files import load_record
+    from guardbench.record_files import load_any_record
     from guardbench.report import print_comparison
     from guardbench.store import write_text
 
     if json is not None and json.resolve() in (a.resolve(), b.resolve()):
         raise GuardbenchError(f"--json {json}: that is one of the records; name another file.")
-    found = compare_records(load_record(a), load_record(b))
+    found = compare_records(load_any_record(a), load_any_record(b))
     if json is not None:
         write_text(json, canonical.dumps(found.model_dump(mode="json")), option="--json")
     print_comparison(Console(emoji=False), found)

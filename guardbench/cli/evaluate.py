@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-class EngineName(str, Enum):
-    """The two engines, for the option's choices."""
-
-    guardbench = "guardbench"
-    reference = "reference"
+from guardbench.cli.options import CacheDir, DataDir, Device, EngineName, EngineOption
 
 
 def evaluate(
@@ -60,33 +54,18 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(help="Of the attacks' random choices.", min=0, max=2**63 - 1)
     ] = 0,
-    engine: Annotated[
-        EngineName,
-        typer.Option(help="Whose AutoAttack and Square run; reference is pyautoattack, untouched."),
-    ] = EngineName.guardbench,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where <dataset>/{train,val}/<class>/ lies; GUARDBENCH_DATA says the same.",
-            show_default=False,
-        ),
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where decoded images are kept; GUARDBENCH_CACHE says the same.",
-            show_default=False,
-        ),
-    ] = None,
+    engine: EngineOption = EngineName.guardbench,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    cache_dir: CacheDir = None,
     output: Annotated[
         Path, typer.Option(help="The workspace: what is finished is not attacked again.")
     ] = Path("guardbench-runs"),
 ) -> None:
     """Attack a classifier with a protocol's attacks: clean and robust accuracy, and a record.
 
-    One classifier, so attacks that a protocol gives each student's seed images of its own run on the
-    first seed's. A killed evaluation goes on when the same command is given again.
+    Attacks for which a protocol gives every seed images of its own run on the first seed's. A killed
+    evaluation goes on when the same command is given again.
 
     Example: guardbench evaluate --protocol digits --weights student.safetensors --arch convnet-d3-bn-small
     """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guardbench.cli.evaluate import EngineName
+from guardbench.cli.options import CacheDir, DataDir, Device, EngineName, EngineOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,30 +37,14 @@ def run(
             min=0,
         ),
     ] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     precision: Annotated[
         str,
         typer.Option(help="Of distillation and training: auto, fp32 or bf16. Attacks are fp32."),
     ] = "auto",
-    engine: Annotated[
-        EngineName,
-        typer.Option(help="Whose AutoAttack and Square run; reference is pyautoattack, untouched."),
-    ] = EngineName.guardbench,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where <dataset>/{train,val}/<class>/ lies; GUARDBENCH_DATA says the same.",
-            show_default=False,
-        ),
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where decoded images are kept; GUARDBENCH_CACHE says the same. "
-            "By default ~/.cache/guardbench.",
-            show_default=False,
-        ),
-    ] = None,
+    engine: EngineOption = EngineName.guardbench,
+    data_dir: DataDir = None,
+    cache_dir: CacheDir = None,
     output: Annotated[
         Path, typer.Option(help="The workspace: artifacts, records and boards of what is run.")
     ] = Path("guardbench-runs"),

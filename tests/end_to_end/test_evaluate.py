@@ -177,22 +177,40 @@ def test_bad_input_is_one_line_and_exit_2(evaluated, words, line) -> None:
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_a_random_model_is_flagged_and_scored_all_the_same(evaluated) -> None:
-    """An image then counts as broken when either of two scorings is wrong."""
+@pytest.fixture(scope="module")
+def noisy(evaluated):
+    """The same classifier with noise on its answers, evaluated beside it."""
     folder, _ = evaluated
     (folder / "noisy.py").write_text(
         LINEAR.replace("torch.nn.Flatten(), layer", "torch.nn.Flatten(), layer, Noise()")
         + "\nclass Noise(torch.nn.Module):\n    def forward(self, z): return z + torch.randn_like(z)\n"
     )
     words = "evaluate", "--protocol", "quick.toml", "--python", "noisy:network", "--name", "noisy"
-    result = guardbench(*words, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    assert "flag: random-answers: two answers to the same images differ" in result.stdout
+    return guardbench(*words, cwd=folder)
+
+
+def test_a_random_model_is_flagged_and_scored_all_the_same(evaluated, noisy) -> None:
+    """An image then counts as broken when either of two scorings is wrong."""
+    folder, _ = evaluated
+    assert noisy.returncode == 0, noisy.stderr
+    assert "flag: random-answers: two answers to the same images differ" in noisy.stdout
     record = load_any_record(next(folder.rglob("noisy-seed0.json")))
     assert record.seeds[0].checks["random-answers"].flagged
     assert any(flag.startswith("random-answers") for flag in record.flags)
 
 
+@pytest.mark.usefixtures("noisy")
+def test_two_classifiers_are_compared(evaluated) -> None:
+    folder, _ = evaluated
+    (ours,), (other,) = (list(folder.rglob(f"{name}-seed0.json")) for name in ("lr", "noisy"))
+    result = guardbench("compare", str(ours), str(other), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "lr (lr), linear:network, a function" in result.stdout
+    assert "noisy (noisy), noisy:network, a function" in result.stdout
+    assert "A higher" in result.stdout
+
+
+@pytest.mark.usefixtures("noisy")
 def test_another_classifier_of_the_same_name_is_not_overwritten(evaluated) -> None:
     folder, _ = evaluated
     words = "evaluate", "--protocol", "quick.toml", "--name", "lr"
