@@ -8,6 +8,7 @@ classifier gets right, and flags it beyond a limit; a flag is a reason to look, 
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import torch
@@ -26,8 +27,8 @@ CHECKS_VERSION = 1
 IMAGES = 64
 UNSTEADY = ("random-answers", "batch-dependence")
 """Checks after whose flag two scorings of an adversarial image may disagree; it then counts as broken."""
-MARGIN = 0.02
-"""By which share of the images a weaker kind of attack may do better by chance."""
+CHANCE = 0.01
+"""How rarely chance alone may raise a flag where two kinds of attack are compared."""
 RESTARTS = 10
 SINGLE_STEP, BLACK_BOX = ("fgsm",), ("square",)
 MULTI_STEP = ("pgd", "mim", "apgd")
@@ -85,7 +86,9 @@ def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
     """The checks that compare what attacks of the protocol found, on the images they share.
 
     The value is by how much robust accuracy under the stronger kind exceeds that under the weaker
-    one, as a share of the images; the stronger kind should never be the milder.
+    one, as a share of the images; the stronger kind should not be the milder. A few images mean
+    nothing: Square breaks some that PGD misses on honest models too. So the limit is the largest
+    difference that a fair coin for each image on which the two differ gives in all but 1% of cases.
     """
     kinds = {spec.name: spec.kind for spec in protocol.attacks}
     pairs = {"black-box": (BLACK_BOX, WHITE_BOX), "single-step": (SINGLE_STEP, MULTI_STEP)}
@@ -94,9 +97,9 @@ def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
         weaker = [attack for attack in seed.attacks if kinds[attack] in weak]
         stronger = [attack for attack in seed.attacks if kinds[attack] in strong]
         if weaker and stronger:
-            value, images = _milder(seed, weaker, stronger)
-            if images:
-                found[name] = Check(value=value, limit=MARGIN, images=images)
+            check = _milder(seed, weaker, stronger)
+            if check is not None:
+                found[name] = check
     return found
 
 
@@ -165,17 +168,30 @@ def _gained(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: i
     return often & ~once
 
 
-def _milder(seed: SeedRun, weaker: list[str], stronger: list[str]) -> tuple[float, int]:
-    """Accuracy under all of `stronger` minus that under all of `weaker`, and on how many images."""
+def _milder(seed: SeedRun, weaker: list[str], stronger: list[str]) -> Check | None:
+    """Accuracy under all of `stronger` minus that under all of `weaker`, on the images they share."""
     outcomes = [seed.attacks[name] for name in (*weaker, *stronger)]
     first, end = max(o.first for o in outcomes), min(o.end for o in outcomes)
     if end <= first:
-        return 0.0, 0
+        return None
 
-    def survivors(names: list[str]) -> int:
-        flags = [
-            seed.attacks[n].flags()[first - seed.attacks[n].first :][: end - first] for n in names
-        ]
-        return sum(all(image) for image in zip(*flags, strict=True))
+    def survivors(names: list[str]) -> list[bool]:
+        found = [seed.attacks[name] for name in names]
+        flags = [one.flags()[first - one.first :][: end - first] for one in found]
+        return [all(image) for image in zip(*flags, strict=True)]
 
-    return (survivors(stronger) - survivors(weaker)) / (end - first), end - first
+    pairs = list(zip(survivors(weaker), survivors(stronger), strict=True))
+    milder, harsher = pairs.count((False, True)), pairs.count((True, False))
+    images = end - first
+    limit = _by_chance(milder + harsher) / images
+    return Check(value=(milder - harsher) / images, limit=limit, images=images)
+
+
+def _by_chance(differing: int) -> int:
+    """The largest lead in so many tosses of a fair coin that is no rarer than `CHANCE`."""
+    tail = 0.0
+    for heads in range(differing, -1, -1):
+        tail += math.comb(differing, heads) / 2**differing
+        if tail >= CHANCE:
+            return max(0, 2 * heads - differing)
+    return 0

@@ -122,34 +122,50 @@ def test_an_honest_model_raises_nothing(honest, norm) -> None:
     assert len(inspect(model, x[:1], y[:1], threat, seed=0)) == 6
 
 
-def seed_run(**right: str) -> SeedRun:
-    """Ten images, all right when clean; `1` says that one survives an attack."""
-    outcomes = {
-        name: Outcome.from_flags([c == "1" for c in bits], first=10 - len(bits))
-        for name, bits in right.items()
-    }
-    return SeedRun(seed=0, clean=Outcome.from_flags([True] * 10), attacks=outcomes)
+def seed_run(**robust: range) -> SeedRun:
+    """A hundred images, all right when clean, and which of them survive an attack.
+
+    Square measures the last fifty alone.
+    """
+    outcomes = {}
+    for name, survivors in robust.items():
+        first = 50 if name == "square" else 0
+        flags = [image in survivors for image in range(first, 100)]
+        outcomes[name] = Outcome.from_flags(flags, first=first)
+    return SeedRun(seed=0, clean=Outcome.from_flags([True] * 100), attacks=outcomes)
 
 
 def test_kinds_of_attack_are_compared_on_the_images_they_share() -> None:
     protocol = load_protocol("digits")
-    honest = seed_run(pgd100="1110000000", fgsm="1111100000", mim="1111000000", square="11000")
+    honest = seed_run(
+        pgd100=range(0, 60), fgsm=range(0, 70), mim=range(0, 62), square=range(50, 64)
+    )
     found = judge(honest, protocol)
-    assert found["single-step"] == Check(value=-0.2, limit=0.02, images=10)
-    # Of the last five images white-box attacks leave none, Square two.
-    assert found["black-box"] == Check(value=-0.4, limit=0.02, images=5)
-    masked = seed_run(pgd100="1111111111", fgsm="1111111000", mim="1111111110", square="00111")
+    assert found["single-step"].value == pytest.approx(-0.1)
+    # Of the fifty that Square measures it leaves 14, the white-box attacks 10.
+    assert found["black-box"].value == pytest.approx(-4 / 50)
+    assert found["black-box"].images == 50
+    assert not [name for name, check in found.items() if check.flagged]
+    masked = seed_run(pgd100=range(0, 90), fgsm=range(0, 60), mim=range(0, 95))
     found = judge(masked, protocol)
-    assert found["single-step"].value == pytest.approx(0.2)
+    assert found["single-step"].value == pytest.approx(0.3)
     assert found["single-step"].flagged
-    assert not found["black-box"].flagged, "FGSM is a white-box attack too"
-    assert judge(seed_run(cw="1" * 10), protocol) == {}
-    blind = seed_run(pgd100="1111111111", fgsm="1111111111", square="00011")
-    assert judge(blind, protocol)["black-box"] == Check(value=0.6, limit=0.02, images=5)
+    assert "black-box" not in found
+    blind = seed_run(pgd100=range(0, 100), fgsm=range(0, 100), square=range(80, 100))
+    check = judge(blind, protocol)["black-box"]
+    assert (check.value, check.images, check.flagged) == (0.6, 50, True)
+    assert judge(seed_run(cw=range(0, 100)), protocol) == {}
+
+
+@pytest.mark.parametrize(("lead", "flagged"), [(6, False), (7, True)])
+def test_a_few_images_that_square_alone_breaks_mean_nothing(lead, flagged) -> None:
+    """Six of six by a fair coin: 1.6%. Seven of seven: 0.8%."""
+    run = seed_run(pgd100=range(0, 100), square=range(50 + lead, 100))
+    assert judge(run, load_protocol("digits"))["black-box"].flagged is flagged
 
 
 def test_a_flag_names_its_worst_seed_in_one_line() -> None:
-    base = seed_run(pgd100="1" * 10)
+    base = seed_run(pgd100=range(0, 100))
 
     def run(seed: int, value: float) -> SeedRun:
         check = Check(value=value, limit=0.02, images=64)
