@@ -69,7 +69,8 @@ class SmallMapConv2d(nn.Conv2d):
 
     On two CPU cores PyTorch's own kernel computes the weight gradient of ResNet-18's last layers at
     64 px at a sixth of the speed of its forward pass; unfolded, a whole training step is 1.2 to 1.4
-    times as fast (`benchmarks/training.py`). Forward and input gradient are PyTorch's; results differ by rounding.
+    times as fast (`benchmarks/training.py`). Forward and input gradient are PyTorch's; results differ by
+    rounding.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
