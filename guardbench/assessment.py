@@ -103,7 +103,8 @@ def prepare(request: Request, progress: Progress) -> Prepared:
         imported = from_python(request.python, name=_name(request.name or request.python))
     engines_used(protocol, request.engine)  # refuses an attack that cannot be built
     imported.model.to(run.device)
-    _probe(imported, torch.rand(2, info.channels, protocol.resolution, protocol.resolution), run)
+    grey = torch.full((2, info.channels, protocol.resolution, protocol.resolution), 0.5)
+    _probe(imported, grey, run)
     prepared = Prepared(request, protocol, run, imported)
     _refuse_another(prepared)
     return prepared

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from guardbench.attacks.apgd import APGD
 from guardbench.attacks.base import LOGIT_NOISE, frozen
 from guardbench.attacks.pgd import PGD
+from guardbench.attacks.stream import gradient_of
+from guardbench.errors import GuardbenchError
 from guardbench.protocol import Protocol
 from guardbench.records import Check, SeedRun
 from guardbench.threat import ThreatModel
@@ -138,11 +140,9 @@ def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     point = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         loss = F.cross_entropy(model(point), y, reduction="sum")
-    if not loss.requires_grad:
-        return torch.ones(len(x), dtype=torch.bool)
-    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, point, allow_unused=True)
-    gradient = gradients[0]
-    if gradient is None:
+    try:
+        gradient = gradient_of(loss, point)
+    except GuardbenchError:  # none reaches any image
         return torch.ones(len(x), dtype=torch.bool)
     return (gradient.flatten(1) == 0).all(1)
 

@@ -150,7 +150,10 @@ def _passes(spec: AttackSpec) -> float:
     A pass without gradients in the weights is about two thirds of one with them, a forward one
     third; about half of the images leave early because they are wrong or broken.
     """
-    steps = spec.params.get("steps", {"pgd": 100, "mim": 20, "cw": 50, "fgsm": 1}.get(spec.kind, 0))
+    steps = spec.params.get(
+        "steps",
+        {"pgd": 100, "mim": 20, "cw": 50, "fgsm": 1, "apgd": 100, "fab": 900}.get(spec.kind, 0),
+    )
     full = {
         "square": float(spec.params.get("queries", 5000)) / 3,
         # APGD-CE 100, APGD-T 9 x 100, FAB-T 9 x 100 passes and Square's 5,000 forwards.
@@ -195,7 +198,8 @@ def score(
     with costs.of(plan.checks):
         checks = _inspect(run, protocol, plan, model, x, y, clean)
     steady = not any(checks[name].flagged for name in UNSTEADY if name in checks)
-    fast = searchable(model, x[:8].to(run.device))
+    left = any(stage.folder.finished() is None for stage in plan.attacks)
+    fast = searchable(model, x[:8].to(run.device)) if left else model
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
         with costs.of(stage):

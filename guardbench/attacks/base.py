@@ -324,10 +324,10 @@ def _broken(
         again = _logits(model, torch.cat([adv, adv[:1]]), torch.cat([y, y[:1]]))[:count]
     first, second = logits.argmax(1) != y, again.argmax(1) != y
     noise = LOGIT_NOISE * torch.maximum(logits.abs().amax(1), again.abs().amax(1))
-    margin = torch.maximum(_margin(logits, y).abs(), _margin(again, y).abs())
+    margin = torch.maximum(margin_of(logits, y).abs(), margin_of(again, y).abs())
     if steady and (wrong := (first != second) & ~(margin <= noise)).any():
         row = wrong.nonzero()[0, 0]
-        before, after = (float(_margin(scores, y)[row]) for scores in (logits, again))
+        before, after = (float(margin_of(scores, y)[row]) for scores in (logits, again))
         raise GuardbenchError(
             f"image {_first(wrong, index)}: the model's margin is {before:+.4g} and {after:+.4g} in"
             " two scorings of the same adversarial image at different batch sizes; its answers"
@@ -336,7 +336,7 @@ def _broken(
     return first | second
 
 
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
+def margin_of(logits: Tensor, y: Tensor) -> Tensor:
     """Logit of the label minus the best other logit, [n]."""
     own = logits.gather(1, y[:, None]).squeeze(1)
     return own - logits.scatter(1, y[:, None], -torch.inf).amax(1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.ball import content_generator, per_image
+from guardbench.attacks.base import margin_of
 from guardbench.attacks.reference import reference_square
 from guardbench.attacks.stream import Rows, stream
 from guardbench.errors import GuardbenchError
@@ -92,8 +93,10 @@ class _Search:
         if changed.any():
             with torch.no_grad():
                 logits = model(proposal[changed])
-            margin, wrong = _margin(logits, rows["y"][changed])
-            margin = margin.to(rows["margin"].dtype)  # of a model that answers in another
+            labels = rows["y"][changed]
+            wrong = logits.argmax(1) != labels
+            # Of a model that answers in another dtype.
+            margin = margin_of(logits, labels).to(rows["margin"].dtype)
             kept = (margin < rows["margin"][changed]) | wrong
             place = changed.nonzero().squeeze(1)[kept]
             # Out of place: the rows may share memory with others before their first change.
@@ -131,9 +134,3 @@ def square_side(query: Tensor, high: int, wide: int) -> Tensor:
 
 def _signs(uniform: Tensor) -> Tensor:
     return torch.where(uniform < 0.5, -1.0, 1.0)
-
-
-def _margin(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    own = logits.gather(1, y[:, None]).squeeze(1)
-    other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return own - other, logits.argmax(1) != y

@@ -23,13 +23,7 @@ LINF = ThreatModel("linf", Fraction(8, 255))
 L2 = ThreatModel("l2", Fraction(1, 4))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thousands of tiny forward passes: a second thread only costs, most on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear(classes: int, scale: float = 1.0, pixels: int = 36) -> nn.Module:

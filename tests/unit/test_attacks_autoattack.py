@@ -22,13 +22,7 @@ L2 = ThreatModel("l2", Fraction(1, 8))
 L1 = ThreatModel("l1", Fraction(1))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thousands of tiny forward passes: a second thread only costs, most on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

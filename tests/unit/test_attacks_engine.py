@@ -33,13 +33,7 @@ LINF = ThreatModel("linf", Fraction(1, 20))
 NEAR = ThreatModel("linf", Fraction(1, 50))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thousands of tiny forward passes: a second thread only costs, most on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Linear models: the exact answer is known.
