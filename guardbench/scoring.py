@@ -30,7 +30,7 @@ from guardbench.runtime import Run, stage_cost
 
 logger = logging.getLogger(__name__)
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Part of the key of what the engine finds: raised when its verdicts may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""

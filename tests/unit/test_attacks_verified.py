@@ -262,3 +262,22 @@ def test_nothing_to_attack():
     assert not none.clean.any()
     empty = run_verified(FGSM(threat=LINF), model, x[:0], y[:0], seed=0)
     assert empty.robust.shape == empty.clean.shape == empty.distance.shape == (0,)
+
+
+def test_where_the_faster_form_alone_is_fooled_the_model_itself_is_searched():
+    model, x, y = case(20)
+    attack = PGD(threat=LINF, steps=4, step=Fraction(2, 255))
+    index = torch.arange(20)
+
+    class Nearly(nn.Module):
+        """Its boundary is off, so that its searches end too early on one side."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return model(x) + torch.tensor([0.15, 0.0])
+
+    plain = run_batch(attack, model, x, y, index, seed=0)
+    fast = run_batch(attack, model, x, y, index, seed=0, searched=Nearly().eval())
+    assert 0 < plain.broken.sum() < 20
+    assert torch.equal(fast.broken, plain.broken)
+    fooled = run_verified(attack, Nearly().eval(), x, y, seed=0)
+    assert (fooled.robust < ~plain.broken).any()
