@@ -10,7 +10,7 @@ import importlib.metadata
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from guardbench.attacks.base import LOGIT_NOISE, Attack, plan_batches, run_batch, score_clean
 from guardbench.attacks.build import build_attack
-from guardbench.attacks.stream import rows_at_once
+from guardbench.attacks.stream import Tell, rows_at_once, telling
 from guardbench.canonical import derive_seed
 from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, UNSTEADY, inspect, judge
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
 from guardbench.models import folded
+from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
 from guardbench.runtime import Run, stage_cost
@@ -34,7 +35,7 @@ ENGINE_VERSION = 2
 """Part of the key of what the engine finds: raised when its verdicts may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""
-STREAMED = ("autoattack", "square", "apgd", "fab")
+STREAMED = ("autoattack", "square", "apgd", "fab", "deepfool", "spsa")
 """The kinds that `attacks.stream` runs, unless pyautoattack does."""
 
 
@@ -116,7 +117,7 @@ def plan_scoring(
         if before is not None:
             words["after"] = before.model_dump(mode="json")
         folder = run.stage(f"{spec.name} {seed}", "attacks", words)
-        attacks.append(PlannedStage(folder, f"{count} images", count * _passes(spec), fp32=True))
+        attacks.append(PlannedStage(folder, f"{count} images", count * _passes(attack), fp32=True))
     return ScoringPlan(seed, position, engine, clean, checks, tuple(attacks))
 
 
@@ -144,22 +145,25 @@ def engines_used(protocol: Protocol, engine: Engine) -> dict[str, Engine]:
     return {name: by for name, by in ran.items() if by is not None}
 
 
-def _passes(spec: AttackSpec) -> float:
+def _passes(attack: Attack) -> float:
     """Rough forward+backward passes a test image, for the expected time alone.
 
     A pass without gradients in the weights is about two thirds of one with them, a forward one
     third; about half of the images leave early because they are wrong or broken.
     """
-    steps = spec.params.get(
-        "steps",
-        {"pgd": 100, "mim": 20, "cw": 50, "fgsm": 1, "apgd": 100, "fab": 900}.get(spec.kind, 0),
-    )
-    full = {
-        "square": float(spec.params.get("queries", 5000)) / 3,
-        # APGD-CE 100, APGD-T 9 x 100, FAB-T 9 x 100 passes and Square's 5,000 forwards.
-        "autoattack": 1900 * 2 / 3 + 5000 / 3,
-    }.get(spec.kind, float(steps) * 2 / 3)
-    return full / 2
+    has: dict[str, Any] = {field.name: getattr(attack, field.name) for field in fields(attack)}  # type: ignore[arg-type]
+    searches = has["targets"] if has.get("loss", "dlr-targeted") == "dlr-targeted" else 1
+    steps = has.get("steps", 1) * searches
+    if "queries" in has:
+        forward, backward = has["queries"], 0
+    elif "samples" in has:
+        forward, backward = 2 * has["samples"] * steps, 0
+    elif "version" in has:  # APGD-CE 100, APGD-T 9 x 100, FAB-T 9 x 100 passes; Square's 5,000
+        forward, backward = 1900 + 5000, 1900
+    else:
+        passes = steps * (has.get("neighbours", 0) + 1)
+        forward, backward = passes, passes
+    return float(forward + backward) / 3 / 2
 
 
 class Costs:
@@ -316,6 +320,13 @@ def _inspect(
     return {name: Check.model_validate(words) for name, words in stored["checks"].items()}
 
 
+def _shown(bar: Stage, count: int, sure: int) -> Tell:
+    """Shows how far an attack is on `count` images, after `sure` that are robust."""
+    return lambda share, alive: bar.within(
+        share * count, f"{sure} robust, {alive} of {count} not yet broken"
+    )
+
+
 def _attack(
     run: Run,
     protocol: Protocol,
@@ -351,14 +362,16 @@ def _attack(
     decided = int((~right).sum()) + sum(len(b) for b in batches[:begun])
     with run.progress.stage(folder.name, count, "images", decided) as bar:
         for number, index in enumerate(batches[begun:], start=begun + 1):
-            outcome = run_batch(
-                attack, model, x, y, index, seed=named,
-                searched=None if untouched else fast, steady=steady,
-            )  # fmt: skip
+            rest = sum(len(b) for b in batches[number:])
+            sure = int(robust.sum()) - rest - len(index)
+            with telling(_shown(bar, len(index), sure)):
+                outcome = run_batch(
+                    attack, model, x, y, index, seed=named,
+                    searched=None if untouched else fast, steady=steady,
+                )  # fmt: skip
             robust[index], distance[index] = ~outcome.broken, outcome.distance
-            left = sum(len(b) for b in batches[number:])
-            bar.advance(len(index), f"{int(robust.sum()) - left} robust so far")
-            if folder.due() and left:
+            bar.advance(len(index), f"{int(robust.sum()) - rest} robust so far")
+            if folder.due() and rest:
                 folder.checkpoint({"batches": number, "robust": robust, "distance": distance})
         bar.advance(0, f"{100 * robust.float().mean():.1f}% robust")
     result = Outcome.from_flags(

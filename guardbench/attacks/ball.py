@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -89,6 +89,31 @@ def content_generator(image: Tensor, seed: int, *names: str | int) -> torch.Gene
     """
     key = hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
     return torch.Generator().manual_seed(derive_seed(seed, *names, key))
+
+
+def content_noise(
+    x: Tensor,
+    seed: int,
+    *names: str | int,
+    shape: Sequence[int] | None = None,
+    normal: bool = False,
+) -> Tensor:
+    """Random numbers for every image by `content_generator`, [N, *shape], on the device of `x`.
+
+    Args:
+        x: clean images [N, C, H, W].
+        shape: of one image's numbers; that of the image unless told.
+        normal: standard normal in place of uniform in -1 to 1.
+    """
+    wanted = x.shape[1:] if shape is None else shape
+    drawn = []
+    for image in x:
+        generator = content_generator(image, seed, *names)
+        one = torch.empty(*wanted)
+        drawn.append(
+            one.normal_(generator=generator) if normal else one.uniform_(-1, 1, generator=generator)
+        )
+    return torch.stack(drawn).to(x)
 
 
 def _noise(image: Tensor, threat: ThreatModel, seed: int, restart: int) -> Tensor:

@@ -19,11 +19,15 @@ ATTACKS: dict[str, str] = {
     "apgd": "guardbench.attacks.apgd:APGD",
     "autoattack": "guardbench.attacks.autoattack:AutoAttack",
     "cw": "guardbench.attacks.cw:CW",
+    "deepfool": "guardbench.attacks.deepfool:DeepFool",
     "fab": "guardbench.attacks.fab:FAB",
     "fgsm": "guardbench.attacks.fgsm:FGSM",
+    "jitter": "guardbench.attacks.jitter:Jitter",
     "mim": "guardbench.attacks.mim:MIM",
     "pgd": "guardbench.attacks.pgd:PGD",
+    "spsa": "guardbench.attacks.spsa:SPSA",
     "square": "guardbench.attacks.square:Square",
+    "vmifgsm": "guardbench.attacks.vmifgsm:VMIFGSM",
 }
 
 

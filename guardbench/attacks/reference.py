@@ -83,6 +83,37 @@ def reference_square(
     return _run(model, x, y, threat, seed, settings, adjust)
 
 
+def reference_part(
+    part: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    seed: int,
+    *,
+    steps: int,
+    targets: int,
+) -> Tensor:
+    """One of pyautoattack's attacks as it is inside AutoAttack standard; survivors come back unchanged.
+
+    Args:
+        part: `apgd-ce`, `apgd-dlr`, `apgd-t` or `fab-t`.
+        steps: iterations a search.
+        targets: of the targeted parts; K - 1 where there are fewer.
+    """
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+
+    def adjust(engine: Any) -> None:
+        engine.attacks_to_run = [part]
+        for each in (engine.apgd, engine.apgd_targeted, engine.fab):
+            each.n_iter = steps
+        for each in (engine.apgd_targeted, engine.fab):
+            each.n_target_classes = min(targets, classes - 1)
+
+    return _run(model, x, y, threat, seed, {"version": "standard"}, adjust)
+
+
 def _run(
     model: nn.Module,
     x: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.stream import gradient_of
+from guardbench.attacks.stream import Teller, gradient_of
 
 State = tuple[Tensor, ...]
 """Per-image tensors [n, ...]: first what the gradient moves, then what the attack remembers."""
@@ -74,10 +74,8 @@ def search(
     """
     found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     live = torch.arange(len(x), device=x.device)
-    state = start
-    for step in range(steps + 1):
-        if not len(live):
-            break
+    state, teller = start, Teller()
+    for step in range(steps + 1 if len(x) else 0):
         if step < steps:
             adv, logits, gradient = _differentiate(model, x, y, state[0], objective, image)
         else:
@@ -91,10 +89,14 @@ def search(
         if broken.any():
             found[live[broken]], fooled[live[broken]] = adv[broken], True
             kept = ~broken
+            if not kept.any():
+                break
             live, x, y, gradient = live[kept], x[kept], y[kept], gradient[kept]
             state = tuple(part[kept] for part in state)
         with torch.no_grad():
             state = update(state, gradient, x, step)
+        if teller.due():
+            teller.tell((step + 1) / (steps + 1), len(live))
     return found, fooled
 
 

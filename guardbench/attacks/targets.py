@@ -32,9 +32,9 @@ def ranked_targets(model: nn.Module, x: Tensor, y: Tensor, most: int, *, least: 
 
 
 def require_classes(logits: Tensor, least: int = 4) -> None:
-    """Refuses logits [N, K] of fewer classes than an attack needs; the DLR loss needs 4."""
+    """Refuses logits [N, K] of fewer classes than an attack needs; the DLR loss needs 3, targeted 4."""
     if (classes := logits.shape[1]) < least:
-        why = " for its DLR loss" if least == 4 else ""
+        why = " for its DLR loss" if least > 2 else ""
         raise GuardbenchError(
             f"the attack needs at least {least} classes{why}, not {classes}; use pgd and square instead"
         )

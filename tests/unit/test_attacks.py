@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import length, random_start, steepest, tolerance
+from guardbench.attacks.ball import content_noise, length, random_start, steepest, tolerance
 from guardbench.attacks.base import Attack, run_verified
 from guardbench.attacks.cw import CW
+from guardbench.attacks.deepfool import DeepFool
 from guardbench.attacks.fgsm import FGSM
+from guardbench.attacks.jitter import Jitter
 from guardbench.attacks.mim import MIM
 from guardbench.attacks.pgd import PGD
+from guardbench.attacks.spsa import SPSA
+from guardbench.attacks.vmifgsm import VMIFGSM
 from guardbench.errors import GuardbenchError
 from guardbench.threat import Norm, ThreatModel
 
@@ -109,6 +113,68 @@ def test_iterative_attacks_reach_the_exact_answer_and_never_pass_it(norm, classe
                 assert torch.equal(found, robust)
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_of_the_second_row_reach_the_exact_answer_and_never_pass_it(norm, classes):
+    model, x, y, threat, robust = exact_case(classes, norm, 20.0)
+    # On a linear model DeepFool's first step ends on the nearest boundary, whatever its shape.
+    assert torch.equal(run(DeepFool(threat=threat, overshoot=1e-3), model, x, y), robust)
+    step = threat.eps / 10
+    for attack in (
+        VMIFGSM(threat=threat, steps=20, neighbours=2),
+        Jitter(threat=threat, steps=60, step=step, noise=0.0),
+        Jitter(threat=threat, steps=60, step=step),
+        SPSA(threat=threat, steps=30, samples=32, lr=float(step)),
+    ):
+        found = run(attack, model, x, y)
+        assert (found >= robust).all(), attack
+        missed = (found & ~robust).sum()
+        noisy = isinstance(attack, SPSA) or getattr(attack, "noise", 0) > 0
+        if not noisy and classes == 2:
+            assert missed == 0, attack
+        elif classes > 2 or isinstance(attack, SPSA):  # of two classes, noise only goes astray
+            assert missed <= 0.4 * (~robust).sum(), attack
+
+
+def test_jitter_without_noise_is_ascent_of_its_own_loss():
+    model = small_network()
+    x, y = images(8, model)
+    attack = Jitter(threat=LINF, steps=1, step=Fraction(1, 100), noise=0.0)
+    start = random_start(x, LINF, 7).requires_grad_()
+    logits = model(start)
+    gap = (10 * logits / logits.abs().amax(1, keepdim=True)).softmax(1)
+    loss = (gap - nn.functional.one_hot(y, 5)).norm(dim=1)  # the paper's norm, not its square
+    (gradient,) = torch.autograd.grad(loss.sum(), start)
+    kept = logits.argmax(1) == y
+    moved = (start + 0.01 * gradient.sign()).clamp(x - 8 / 255, x + 8 / 255).clamp(0, 1)
+    found = attack.perturb(model, x, y, seed=7)
+    assert kept.any()
+    assert found[kept].allclose(moved[kept], atol=1e-6)
+
+
+def test_vmifgsm_follows_the_paper_for_two_steps():
+    model = small_network()
+    x, y = images(8, model)
+    threat = ThreatModel("linf", Fraction(1, 1000))  # nothing is broken so near
+    found = VMIFGSM(threat=threat, steps=2, neighbours=3).perturb(model, x, y, seed=5)
+
+    def gradient(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        loss = nn.functional.cross_entropy(model(at), y, reduction="sum")
+        return torch.autograd.grad(loss, at)[0]
+
+    def unit(values: Tensor) -> Tensor:
+        return values / values.abs().sum((1, 2, 3), keepdim=True)
+
+    first = gradient(x)
+    around = [gradient(x + 1.5e-3 * content_noise(x, 5, "neighbours", 0, i)) for i in range(3)]
+    variance = sum(around) / 3 - first
+    momentum = unit(first)
+    adv = x + 5e-4 * momentum.sign()
+    momentum = momentum + unit(gradient(adv) + variance)
+    assert found.allclose((adv + 5e-4 * momentum.sign()).clamp(x - 1e-3, x + 1e-3), atol=1e-7)
+
+
 def test_restarts_reach_only_survivors_and_break_no_fewer():
     model = small_network()
     x, y = images(40, model, 0.0, 1.0)
@@ -161,6 +227,10 @@ ATTACKS: list[Attack] = [
     PGD(threat=L2, steps=5, step=Fraction(1, 5)),
     MIM(threat=LINF, steps=5, step=Fraction(1, 50)),
     MIM(threat=L2, steps=5, step=Fraction(1, 5)),
+    VMIFGSM(threat=LINF, steps=3, neighbours=2),
+    VMIFGSM(threat=L2, steps=3, neighbours=2),
+    Jitter(threat=LINF, steps=5, step=Fraction(1, 50)),
+    Jitter(threat=L2, steps=5, step=Fraction(1, 5)),
     CW(c=0.02, steps=5),
 ]
 
@@ -250,6 +320,14 @@ def test_a_model_without_gradient_is_named():
         (lambda: FGSM(threat=ThreatModel("l1", Fraction(1))), "FGSM attacks in linf and l2"),
         (lambda: PGD(threat=ThreatModel("l1", Fraction(1))), "PGD attacks in linf and l2"),
         (lambda: MIM(threat=ThreatModel("l1", Fraction(1))), "MIM attacks in linf and l2"),
+        (
+            lambda: DeepFool(threat=ThreatModel("l1", Fraction(1))),
+            "DeepFool attacks in linf and l2",
+        ),
+        (lambda: DeepFool(threat=LINF, overshoot=-1.0), "overshoot not negative"),
+        (lambda: VMIFGSM(threat=LINF, neighbours=0), "must be positive"),
+        (lambda: Jitter(threat=LINF, noise=-0.1), "noise not negative"),
+        (lambda: SPSA(threat=LINF, delta=0.0), "must be positive"),
         (lambda: CW(threat=LINF), "unbounded"),
         (lambda: PGD(threat=LINF, steps=0), "must be positive"),
         (lambda: PGD(threat=LINF, step=Fraction(0)), "must be positive"),

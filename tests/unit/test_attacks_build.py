@@ -24,6 +24,10 @@ QUICK: dict[str, dict[str, object]] = {
     "pgd": {"steps": 3, "step": "2.5/255"},
     "square": {"queries": 20},
     "autoattack": {"version": "rand"},
+    "deepfool": {"steps": 3},
+    "jitter": {"steps": 3},
+    "spsa": {"steps": 3, "samples": 8},
+    "vmifgsm": {"steps": 3},
     "cw": {"steps": 3},
 }
 
@@ -88,7 +92,7 @@ def test_parameters_are_read_by_the_type_of_their_field():
     ("kind", "params", "message"),
     [
         ("pdg", {}, "unknown attack 'pdg'; did you mean 'pgd'. it must be one of apgd, autoattack"),
-        ("zzz", {}, "unknown attack 'zzz'; it must be one of apgd, autoattack, cw, fab, fgsm"),
+        ("zzz", {}, "unknown attack 'zzz'; it must be one of apgd, autoattack, cw, deepfool, fab"),
         ("pgd", {"stpes": 3}, "pgd has no parameter 'stpes'; did you mean 'steps'"),
         ("pgd", {"threat": LINF}, "pgd has no parameter 'threat'"),
         ("fgsm", {"steps": 3}, "fgsm has no parameter 'steps'; there are none"),
@@ -101,7 +105,7 @@ def test_parameters_are_read_by_the_type_of_their_field():
         ("mim", {"decay": "1"}, "decay must be a number, not '1'"),
         ("autoattack", {"version": "fast"}, "version must be one of 'standard', 'plus', 'rand'"),
         ("square", {"engine": "fast"}, "engine must be one of 'guardbench', 'reference'"),
-        ("apgd", {"loss": "dlr"}, "loss must be one of 'ce', 'dlr-targeted'"),
+        ("apgd", {"loss": "cw"}, "loss must be one of 'ce', 'dlr', 'dlr-targeted'"),
         ("autoattack", {"version": ["standard"]}, "version must be one of 'standard'"),
         ("pgd", {"steps": 0}, "must be positive"),
     ],
