@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,6 +113,45 @@ def reference_part(
             each.n_target_classes = min(targets, classes - 1)
 
     return _run(model, x, y, threat, seed, {"version": "standard"}, adjust)
+
+
+class FormerAutoAttack:
+    """pyautoattack under the signature of the package `autoattack`, which robustbench calls.
+
+    Its random numbers come from seed 0, where that package's came from the clock.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        norm: str,
+        eps: float,
+        version: str,
+        device: torch.device,
+        log_path: object = None,  # noqa: ARG002
+    ) -> None:
+        from pyautoattack import AutoAttack as Engine
+
+        self.device = device
+        self.engine = Engine(model, norm=norm, eps=eps, version=version, device=device, seed=0)
+
+    def run_standard_evaluation(
+        self, x: Tensor, y: Tensor, *, bs: int, state_path: Path | None = None
+    ) -> Tensor:
+        """Adversarial images [N, C, H, W]; survivors come back unchanged."""
+        with _isolated(self.device):
+            found: Tensor = self.engine.run_standard_evaluation(
+                x, y, batch_size=bs, state_path=state_path
+            )[0]
+        return found
+
+
+def former_state() -> type:
+    """The class that `autoattack.state` calls EvaluationState."""
+    from pyautoattack.state import EvaluationState  # type: ignore[import-untyped]
+
+    return EvaluationState  # type: ignore[no-any-return]
 
 
 def _run(

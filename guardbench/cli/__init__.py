@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import guardbench
-from guardbench.cli import leaderboard
+from guardbench.cli import leaderboard, robustbench
 from guardbench.cli.compare import compare
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.run import run
@@ -30,6 +30,7 @@ app.command()(evaluate)
 app.command()(show)
 app.command()(compare)
 app.add_typer(leaderboard.app, name="leaderboard")
+app.add_typer(robustbench.app, name="robustbench")
 
 
 def _version(wanted: bool) -> None:
