@@ -131,7 +131,7 @@ class FormerAutoAttack:
         device: torch.device,
         log_path: object = None,  # noqa: ARG002
     ) -> None:
-        from pyautoattack import AutoAttack as Engine
+        from pyautoattack import AutoAttack as Engine  # type: ignore[import-untyped]
 
         self.device = device
         self.engine = Engine(model, norm=norm, eps=eps, version=version, device=device, seed=0)
@@ -165,7 +165,7 @@ def _run(
 ) -> Tensor:
     """pyautoattack's own evaluation of these images, in one batch, leaving nothing else moved."""
     with frozen(model), _isolated(x.device):
-        from pyautoattack import AutoAttack as Engine  # type: ignore[import-untyped]
+        from pyautoattack import AutoAttack as Engine
 
         engine = Engine(
             model,

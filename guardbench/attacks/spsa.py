@@ -88,15 +88,10 @@ class _Search:
         noise = content_noise(one["x"], self.seed, "probes", step, shape=shape)[0]
         signs = torch.where(noise < 0, -1.0, 1.0).to(noise)
         probes = one["adv"] + attack.delta * torch.cat([signs, -signs])
-        labels = one["y"].expand(len(probes))
         margins = torch.cat(
             [
-                margin_of(model(some), truth)
-                for some, truth in zip(
-                    probes.split(rows_at_once(probes)),
-                    labels.split(rows_at_once(probes)),
-                    strict=True,
-                )
+                margin_of(model(some), one["y"].expand(len(some)))
+                for some in torch.split(probes, rows_at_once(probes))
             ]
         ).to(probes)
         rise = (margins[: attack.samples] - margins[attack.samples :]) / (2 * attack.delta)
