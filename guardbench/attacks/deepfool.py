@@ -7,20 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import length, per_image, require_norm, steepest
+from guardbench.attacks.ball import length, per_image, project, require_norm, steepest
 from guardbench.attacks.stream import Rows, gradient_of, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
+
+FURTHER = 1e-4
+"""Added to every step's length, as in the authors' code: where clipping takes the overshoot away, the
+search would else end just before the boundary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepFool:
     """Moosavi-Dezfooli et al., CVPR 2016 (arXiv:1511.04599), algorithm 2; l-inf as in section 3.4.
 
-    It looks for a small perturbation and knows no radius: an image is broken if the first
-    misclassified iterate lies inside the ball. Iterates are clipped to [0, 1], which the paper leaves
-    out.
+    It looks for a small perturbation and knows no radius: the first misclassified iterate ends the
+    search, and one beyond the ball is projected onto it and judged there. Iterates are clipped to
+    [0, 1], which the paper leaves out.
 
     Attributes:
         threat: the ball; l-inf or l2.
@@ -84,7 +88,13 @@ class _Search:
         wrong = logits.detach().argmax(1) != rows["y"]
         # Not the clean image: if float noise alone makes it wrong here, it may be right elsewhere.
         wrong = wrong & (rows["step"] > 0)
-        near = length(rows["adv"] - x, norm) <= float(self.attack.threat.eps)
+        rows["adv"] = torch.where(
+            per_image(wrong, x), project(rows["adv"], x, self.attack.threat), rows["adv"]
+        )
+        near = wrong.clone()
+        if wrong.any():
+            with torch.no_grad():
+                near[wrong] = model(rows["adv"][wrong]).argmax(1) != rows["y"][wrong]
         over = (wrong & ~near) | (rows["step"] == self.attack.steps)
         nearest, along = x.new_full((len(x),), torch.inf), torch.zeros_like(x)
         for gap in gaps.unbind(1):
@@ -94,8 +104,8 @@ class _Search:
             closer = size < nearest
             nearest = torch.where(closer, size, nearest)
             along = torch.where(per_image(closer, x), gradient, along)
-        rows["total"] = rows["total"] + per_image(nearest, x) * steepest(along, norm)
+        rows["total"] = rows["total"] + per_image(nearest + FURTHER, x) * steepest(along, norm)
         after = (x + (1 + self.attack.overshoot) * rows["total"]).clamp_(0, 1)
         rows["adv"] = torch.where(per_image(wrong | over, x), rows["adv"], after)
         rows["step"] = rows["step"] + 1
-        return wrong & near, over
+        return near, over
