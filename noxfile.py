@@ -44,7 +44,7 @@ def peers(session: nox.Session) -> None:
     """The attacks beside torchattacks, foolbox and pyautoattack; without `datasets`, see the file."""
     session.install(
         "torch", "torchvision", "torchattacks", "foolbox", "pyautoattack", "scikit-learn",
-        "pydantic", "safetensors", *TEST,
+        "pydantic", "safetensors", "accelerate", *TEST,
     )  # fmt: skip
     session.install("--no-deps", "-e", ".")
     session.run("pytest", "-s", "tests/peers", *session.posargs, env=THREADS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.ball import FLOAT32_ULP, length, tolerance
+from guardbench.attacks.stream import Fitting, rows_at_once
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
@@ -274,7 +275,7 @@ def _require_unit_range(x: Tensor) -> None:
 def _logits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Logits [n, K] without gradient; refused if they are NaN or do not fit the labels."""
     with torch.no_grad():
-        logits: Tensor = model(x)
+        (logits,) = Fitting(rows_at_once(x))(lambda some: (model(some),), x)
     if logits.ndim != 2 or len(logits) != len(x):
         shape = list(logits.shape)
         raise GuardbenchError(f"the model must answer logits [{len(x)}, K], not {shape}")

@@ -48,14 +48,14 @@ class Jitter:
         taken = 0
 
         def objective(logits: Tensor, adv: Tensor, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
-            nonlocal taken
-            taken += 1
             top = logits.abs().amax(1, keepdim=True).clamp_min(1e-12)
             noise = content_noise(x, seed, "jitter", taken, shape=logits.shape[1:], normal=True)
             found = (self.scale * logits / top).softmax(1) + self.noise * noise
             return (found - F.one_hot(y, logits.shape[1])).square().sum()
 
-        def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:  # noqa: ARG001
+        def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:
+            nonlocal taken
+            taken = step + 1
             move = steepest(gradient, self.threat.norm)
             return (project(state[0] + float(self.step) * move, x, self.threat),)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.stream import Teller, gradient_of
+from guardbench.attacks.stream import Fitting, Teller, gradient_of
 
 State = tuple[Tensor, ...]
 """Per-image tensors [n, ...]: first what the gradient moves, then what the attack remembers."""
@@ -74,14 +75,15 @@ def search(
     """
     found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     live = torch.arange(len(x), device=x.device)
-    state, teller = start, Teller()
+    state, teller, fitting = start, Teller(), Fitting()
     for step in range(steps + 1 if len(x) else 0):
         if step < steps:
-            adv, logits, gradient = _differentiate(model, x, y, state[0], objective, image)
+            part = partial(_differentiate, model, objective, image)
+            adv, logits, gradient = fitting(part, x, y, state[0])
         else:
             with torch.no_grad():
                 adv = image(state[0])
-                logits = model(adv)
+                (logits,) = fitting(lambda part: (model(part),), adv)
         broken = logits.argmax(1) != y
         if step == steps:
             found[live], fooled[live] = adv, broken
@@ -102,11 +104,11 @@ def search(
 
 def _differentiate(
     model: nn.Module,
+    objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    image: Callable[[Tensor], Tensor],
     x: Tensor,
     y: Tensor,
     variable: Tensor,
-    objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    image: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Iterate, logits, and gradient of the objective in `variable`, from one forward pass."""
     variable = variable.detach().requires_grad_()

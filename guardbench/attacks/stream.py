@@ -7,16 +7,21 @@ the images beside it nor on the size of the batch.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Protocol
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from guardbench.errors import GuardbenchError
+
+logger = logging.getLogger(__name__)
 
 Rows = dict[str, Tensor]
 """Per-row tensors [n, ...] of the searches in the batch. `stream` owns `image` (int64, the place in
@@ -65,6 +70,47 @@ class Teller:
         if self._tell is not None:
             self._tell(share, alive)
         self._last = time.monotonic()
+
+
+class Fitting:
+    """Runs a function on rows, `most` at a time, and on fewer from when memory has run out."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
+
+    def __call__(
+        self, function: Callable[..., tuple[Tensor, ...]], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `function` gives for `values`, which have a row an image each.
+
+        Args:
+            function: gives tensors with one row for each row that it is given; called again for rows
+                whose first try ended for want of memory, so it must leave its arguments as they were.
+
+        Raises:
+            GuardbenchError: not even one row fits.
+        """
+        count = len(values[0])
+        while True:
+            size = min(self.most or count, max(count, 1))
+            try:
+                pieces = zip(*(torch.split(value, size) for value in values), strict=True)
+                parts = [function(*piece) for piece in pieces]
+                return (
+                    parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+                )
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if size == 1:
+                    raise GuardbenchError(
+                        "one image alone does not fit into the device's memory; use --device cpu, or "
+                        "free some."
+                    ) from error
+                self.most = size // 2
+                logger.info("memory ran out at %d rows; going on with %d", size, self.most)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 class Search(Protocol):
@@ -134,7 +180,7 @@ def stream(
     found, broken = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
     rows: Rows = {}
     ahead = 0
-    teller = Teller()
+    teller, fitting = Teller(), Fitting()
     while True:
         active = len(rows["image"]) if rows else 0
         # A refill copies the batch, so it waits until an eighth is free.
@@ -147,7 +193,9 @@ def stream(
                 rows = {k: torch.cat([rows[k], v]) for k, v in new.items()} if active else new
         if not rows or not len(rows["image"]):
             return found
-        hit, over = search.advance(model, rows)
+        names = [*rows]
+        hit, over, *moved = fitting(partial(_advanced, search, model, names), *rows.values())
+        rows = dict(zip(names, moved, strict=True))
         rows["age"] = rows["age"] + 1
         if hit.any():
             place = hit.nonzero().squeeze(1)
@@ -163,6 +211,14 @@ def stream(
             running = int((search.longest - rows["age"]).sum())
             share = 1 - (waiting + running) / (jobs * count * search.longest)
             teller.tell(share, int((~broken).sum()))
+
+
+def _advanced(
+    search: Search, model: nn.Module, names: list[str], *values: Tensor
+) -> tuple[Tensor, ...]:
+    rows = dict(zip(names, values, strict=True))
+    hit, over = search.advance(model, rows)
+    return hit, over, *(rows[name] for name in names)
 
 
 def gradient_of(values: Tensor, point: Tensor, *, keep: bool = False) -> Tensor:

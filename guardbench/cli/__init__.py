@@ -11,6 +11,7 @@ import typer
 import guardbench
 from guardbench.cli import leaderboard, robustbench
 from guardbench.cli.compare import compare
+from guardbench.cli.curve import curve
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.run import run
 from guardbench.cli.show import show
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(evaluate)
+app.command()(curve)
 app.command()(show)
 app.command()(compare)
 app.add_typer(leaderboard.app, name="leaderboard")

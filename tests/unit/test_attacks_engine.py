@@ -21,9 +21,10 @@ from guardbench.attacks import stream as streams
 from guardbench.attacks.apgd import APGD
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.ball import length, random_start, tolerance
-from guardbench.attacks.base import Attack, run_verified
+from guardbench.attacks.base import Attack, run_verified, score_clean
 from guardbench.attacks.deepfool import DeepFool
 from guardbench.attacks.fab import FAB, project_to_hyperplane
+from guardbench.attacks.jitter import Jitter
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.spsa import SPSA
 from guardbench.attacks.square import Square, square_side
@@ -273,6 +274,45 @@ def test_it_tells_how_far_it_is(monkeypatch):
     quiet = len(heard)
     PGD(threat=never, steps=3).perturb(model, x, y, seed=0)
     assert len(heard) == quiet
+
+
+class Small(nn.Module):
+    """A model on a device that holds three rows."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.model, self.most = model, most
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [APGD(threat=NEAR, steps=6), Square(threat=LINF, queries=20), PGD(threat=NEAR, steps=6),
+     Jitter(threat=NEAR, steps=6)],
+    ids=repr,
+)  # fmt: skip
+def test_where_memory_runs_out_fewer_rows_give_the_same_verdicts(attack):
+    model, x, y = precise_case(20)
+    wanted = attack.perturb(model, x, y, seed=0)
+    small = Small(model, 3).eval()
+    assert torch.equal(attack.perturb(small, x, y, seed=0), wanted)
+    assert sum(size > 3 for size in small.sizes) == 3, "20, 10, 5, and then never again"
+
+
+def test_what_fewer_rows_do_not_mend_is_an_error():
+    model, x, y = precise_case(4)
+    attack = PGD(threat=NEAR, steps=2)
+    for run in (lambda net: attack.perturb(net, x, y, seed=0), lambda net: score_clean(net, x, y)):
+        with pytest.raises(GuardbenchError, match="one image alone does not fit"):
+            run(Small(model, 0).eval())
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            run(Small(nn.Linear(2, 2), 20).eval())
 
 
 def test_a_full_batch_waits_until_an_eighth_is_free_and_ends_with_jobs_side_by_side():
