@@ -115,7 +115,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             per_class=1,
         )
         order = protocol.test_indices(test.ids)
-        x, y = test.batch(order), test.labels[order]
+        x, y = test.select(order), test.labels[order]
         model = prepared.imported.model
         plan = plan_scoring(
             run,

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.base import LOGIT_NOISE, Attack, plan_batches, run_batch, score_clean
+from guardbench.attacks.base import (
+    LOGIT_NOISE,
+    Attack,
+    Images,
+    plan_batches,
+    run_batch,
+    score_clean,
+)
 from guardbench.attacks.build import build_attack
 from guardbench.attacks.stream import Tell, rows_at_once, telling
 from guardbench.canonical import derive_seed
@@ -152,7 +159,7 @@ def _passes(attack: Attack) -> float:
     third; about half of the images leave early because they are wrong or broken.
     """
     has: dict[str, Any] = {field.name: getattr(attack, field.name) for field in fields(attack)}  # type: ignore[arg-type]
-    searches = has["targets"] if has.get("loss", "dlr-targeted") == "dlr-targeted" else 1
+    searches = has.get("targets", 1) if has.get("loss", "dlr-targeted") == "dlr-targeted" else 1
     steps = has.get("steps", 1) * searches
     if "queries" in has:
         forward, backward = has["queries"], 0
@@ -187,7 +194,7 @@ def score(
     protocol: Protocol,
     plan: ScoringPlan,
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     costs: Costs,
 ) -> SeedRun:
@@ -276,7 +283,7 @@ def attack_batch(resolution: int) -> int:
     return 256 if resolution <= 64 else 64
 
 
-def _score(run: Run, model: nn.Module, x: Tensor, y: Tensor, stage: PlannedStage) -> Outcome:
+def _score(run: Run, model: nn.Module, x: Images, y: Tensor, stage: PlannedStage) -> Outcome:
     folder = stage.folder
     stored = folder.finished()
     if stored is None:
@@ -294,7 +301,7 @@ def _inspect(
     protocol: Protocol,
     plan: ScoringPlan,
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     clean: Outcome,
 ) -> dict[str, Check]:
@@ -335,7 +342,7 @@ def _attack(
     stage: PlannedStage,
     model: nn.Module,
     fast: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     before: Outcome,
     *,
@@ -349,7 +356,6 @@ def _attack(
         return Outcome.model_validate(stored["outcome"])
     attack = _built(protocol, spec, plan.engine, **({"square": False} if without_square else {}))
     first, count = protocol.slice_of(spec, plan.position)
-    x, y = x[first : first + count], y[first : first + count]
     right = torch.tensor(before.flags()[first - before.first :][:count])
     robust, distance = right.clone(), torch.zeros(count, dtype=torch.float64)
     batches = plan_batches(right, images_at_a_time(attack, spec.kind, x[:1].to(run.device)))
@@ -366,7 +372,7 @@ def _attack(
             sure = int(robust.sum()) - rest - len(index)
             with telling(_shown(bar, len(index), sure)):
                 outcome = run_batch(
-                    attack, model, x, y, index, seed=named,
+                    attack, model, x, y, index + first, seed=named,
                     searched=None if untouched else fast, steady=steady,
                 )  # fmt: skip
             robust[index], distance[index] = ~outcome.broken, outcome.distance

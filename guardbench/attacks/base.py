@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,19 @@ from guardbench.threat import ThreatModel
 
 LOGIT_NOISE = 1e-4
 """Two scorings of one image may disagree only if its margin is below this share of its logits."""
+
+
+class Images(Protocol):
+    """Images [N, C, H, W], float32 in [0, 1]: a tensor, or what decodes them when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """N, C, H, W."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Tensor:
+        """The images at a slice or at int64 indices."""
 
 
 class Attack(Protocol):
@@ -103,7 +116,7 @@ def require_eval(model: nn.Module) -> None:
             raise GuardbenchError(f"{part} is in train mode; call model.eval() before an attack")
 
 
-def score_clean(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> Tensor:
+def score_clean(model: nn.Module, x: Images, y: Tensor, *, batch_size: int = 256) -> Tensor:
     """Which clean images the model gets right: bool [N], on the CPU.
 
     Args:
@@ -116,8 +129,8 @@ def score_clean(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256
         GuardbenchError: images outside [0, 1] or of another type, labels that do not fit, a
             model in train mode or one that answers NaN.
     """
-    if x.ndim != 4 or x.dtype != torch.float32:
-        kind = f"{x.dtype} {list(x.shape)}"
+    if len(x.shape) != 4 or x[:1].dtype != torch.float32:
+        kind = f"{x[:1].dtype} {list(x.shape)}"
         raise GuardbenchError(f"images must be float32 [N, C, H, W] in [0, 1], not {kind}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         kind = f"{y.dtype} {list(y.shape)}"
@@ -143,7 +156,7 @@ def plan_batches(clean: Tensor, batch_size: int) -> list[Tensor]:
 def run_batch(
     attack: Attack,
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     index: Tensor,
     *,
@@ -205,7 +218,7 @@ def run_batch(
 def run_verified(
     attack: Attack,
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     *,
     seed: int,
