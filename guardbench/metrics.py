@@ -12,7 +12,7 @@ from fractions import Fraction
 from statistics import NormalDist, fmean, stdev
 from typing import Literal
 
-from guardbench.records import Outcome, SeedRun, Strict
+from guardbench.records import AnyRecord, Outcome, SeedRun, Strict
 
 CONFIDENCE = 0.95
 
@@ -298,6 +298,50 @@ def attack_efficiency(clean_seconds: float, attack_seconds: Sequence[float]) -> 
 def crei(ratio: float, efficiency: float, alpha: float = 0.5) -> float:
     """BEARD's CREI in percent: `alpha * RR + (1 - alpha) * AE` (arXiv:2411.09265)."""
     return alpha * ratio + (1 - alpha) * efficiency
+
+
+@dataclass(frozen=True)
+class Beard:
+    """BEARD's three numbers of one record, in percent.
+
+    Attributes:
+        ratio, efficiency, crei: see `robustness_ratio`, `attack_efficiency`, `crei`.
+        attacks: over which they were taken.
+    """
+
+    ratio: float
+    efficiency: float
+    crei: float
+    attacks: tuple[str, ...]
+
+
+def beard(record: AnyRecord) -> Beard | None:
+    """BEARD's numbers over a record's bounded attacks; None where it says nothing of their times.
+
+    Accuracies are means over seeds. An attack's time is its stages' seconds by image, since attacks may
+    see different numbers of images.
+    """
+    seconds = {stage.stage: stage.seconds for stage in record.cost}
+    seeds = record.seeds
+    names = tuple(name for name in record.attack_names if seeds[0].attacks[name].bounded)
+    stages = {f"{name} {run.seed}" for name in ("clean", *names) for run in seeds}
+    if not names or not stages <= seconds.keys():
+        return None
+
+    def accuracy(outcomes: Sequence[Outcome]) -> float:
+        return fmean(100 * outcome.correct / outcome.total for outcome in outcomes)
+
+    def time(name: str, outcomes: Sequence[Outcome]) -> float:
+        spent = sum(seconds[f"{name} {run.seed}"] for run in seeds)
+        return spent / sum(outcome.total for outcome in outcomes)
+
+    clean = [run.clean for run in seeds]
+    attacked = {name: [run.attacks[name] for run in seeds] for name in names}
+    ratio = robustness_ratio(accuracy(clean), [accuracy(found) for found in attacked.values()])
+    efficiency = attack_efficiency(
+        time("clean", clean), [time(name, found) for name, found in attacked.items()]
+    )
+    return Beard(ratio, efficiency, crei(ratio, efficiency), names)
 
 
 def hard_label_recovery(real_hard: float, distilled_hard: float) -> float:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from guardbench.errors import GuardbenchError

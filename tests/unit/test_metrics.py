@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from guardbench import metrics
 from guardbench.metrics import Measurement, WorstMeasurement, estimate, worst_case
-from guardbench.records import Outcome, SeedRun
+from guardbench.record_files import load_record
+from guardbench.records import Outcome, SeedRun, StageCost
 
 
 def outcome(correct, total, first=0, **more):
@@ -195,6 +197,31 @@ def test_beard_by_hand():
     assert metrics.attack_efficiency(1, [3, 5, 11]) == pytest.approx(160 / 3)
     assert metrics.crei(100 / 3, 160 / 3) == pytest.approx(130 / 3)
     assert metrics.crei(10, 50, alpha=0.25) == pytest.approx(40)
+
+
+def test_beard_of_a_record_takes_times_by_image():
+    record = load_record(Path(__file__).parents[1] / "golden" / "record-v2.json")
+    stages = {"clean": 0.001, "pgd-100": 2.0, "autoattack": 5.0, "cw": 100.0}
+    cost = []
+    for seed in record.seeds:
+        for name, each in stages.items():
+            images = seed.clean.total if name == "clean" else seed.attacks[name].total
+            words = {"stage": f"{name} {seed.seed}", "seconds": each * images}
+            cost.append(StageCost(**words, peak_memory_bytes=1, device="cpu"))
+    found = metrics.beard(record.model_copy(update={"cost": tuple(cost)}))
+    assert found is not None
+    assert set(found.attacks) == {"pgd-100", "autoattack"}, "cw has no bound"
+    mean = {
+        name: sum(100 * s.attacks[name].correct / s.attacks[name].total for s in record.seeds)
+        / len(record.seeds)
+        for name in found.attacks
+    }
+    clean = sum(100 * s.clean.correct / s.clean.total for s in record.seeds) / len(record.seeds)
+    drops = [clean - value for value in mean.values()]
+    assert found.ratio == pytest.approx(100 * (1 - sum(drops) / 2 / max(drops)))
+    assert found.efficiency == pytest.approx(100 * (3.5 - 0.001) / (5 - 0.001))
+    assert found.crei == pytest.approx((found.ratio + found.efficiency) / 2)
+    assert metrics.beard(record.model_copy(update={"cost": tuple(cost[1:])})) is None
 
 
 def test_beard_with_equal_denominators_is_zero():
