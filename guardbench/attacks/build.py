@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,7 @@ ATTACKS: dict[str, str] = {
     "pgd": "guardbench.attacks.pgd:PGD",
     "spsa": "guardbench.attacks.spsa:SPSA",
     "square": "guardbench.attacks.square:Square",
+    "transfer": "guardbench.attacks.transfer:Transfer",
     "vmifgsm": "guardbench.attacks.vmifgsm:VMIFGSM",
 }
 
@@ -71,6 +72,13 @@ def build_attack(kind: str, threat: ThreatModel, params: Mapping[str, object]) -
             hint = _suggest(key, allowed)
             raise GuardbenchError(f"attack {kind} has no parameter {key!r}; {hint}")
         arguments[key] = _typed(kind, key, value, hints[key])
+    needed = [
+        field.name
+        for field in fields(attack_class)
+        if field.default is MISSING and field.name not in ("threat", *arguments)
+    ]
+    if needed:
+        raise GuardbenchError(f"attack {kind} needs {', '.join(needed)}")
     if hints["threat"] is not type(None):
         arguments["threat"] = threat
     return cast("Attack", attack_class(**arguments))
@@ -95,6 +103,8 @@ def _typed(kind: str, key: str, value: object, wanted: Any) -> object:
         return value
     if wanted is bool and isinstance(value, bool):
         return value
+    if wanted is str and isinstance(value, str):
+        return value
     if get_origin(wanted) is Literal and value in get_args(wanted):
         return value
     expected = {
@@ -102,5 +112,6 @@ def _typed(kind: str, key: str, value: object, wanted: Any) -> object:
         float: "a number",
         int: "a whole number",
         bool: "true or false",
+        str: "text in quotes",
     }.get(wanted) or f"one of {', '.join(map(repr, get_args(wanted)))}"
     raise GuardbenchError(f"attack {kind}: {key} must be {expected}, not {value!r}")

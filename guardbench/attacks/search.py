@@ -49,6 +49,7 @@ def search(
     update: Update,
     objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = cross_entropy,
     image: Callable[[Tensor], Tensor] = _same,
+    leave: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Takes `steps` updates from `start`; every image leaves at its first misclassified iterate.
 
@@ -66,6 +67,7 @@ def search(
         update: makes the next state.
         objective: the scalar to differentiate, from logits, iterate, clean images and labels.
         image: makes images from `state[0]`.
+        leave: False for images that are to fool another model: all take all steps.
 
     Returns:
         Images [N, C, H, W] where each search ended, and whether that image is misclassified [N].
@@ -88,7 +90,7 @@ def search(
         if step == steps:
             found[live], fooled[live] = adv, broken
             break
-        if broken.any():
+        if leave and broken.any():
             found[live[broken]], fooled[live[broken]] = adv[broken], True
             kept = ~broken
             if not kept.any():

@@ -31,6 +31,8 @@ class VMIFGSM:
         decay: of the momentum, mu in the paper.
         neighbours: N in the paper.
         beta: neighbours are uniform within `beta * eps` of the iterate, in every pixel.
+        leave: False goes on after the first misclassified iterate, for images that are to fool another
+            model than the one that they are made on.
     """
 
     threat: ThreatModel
@@ -38,6 +40,7 @@ class VMIFGSM:
     decay: float = 1.0
     neighbours: int = 20
     beta: float = 1.5
+    leave: bool = True
 
     def __post_init__(self) -> None:
         require_norm("VMI-FGSM", self.threat, ("linf", "l2"))
@@ -69,4 +72,4 @@ class VMIFGSM:
             )
 
         start = (x, torch.zeros_like(x), torch.zeros_like(x), y)
-        return search(model, x, y, start, steps=self.steps, update=update)[0]
+        return search(model, x, y, start, steps=self.steps, update=update, leave=self.leave)[0]

@@ -19,8 +19,11 @@ from guardbench.attacks.jitter import Jitter
 from guardbench.attacks.mim import MIM
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.spsa import SPSA
+from guardbench.attacks.transfer import Transfer
 from guardbench.attacks.vmifgsm import VMIFGSM
+from guardbench.canonical import file_digest
 from guardbench.errors import GuardbenchError
+from guardbench.models import build_model, save_weights
 from guardbench.threat import Norm, ThreatModel
 
 LINF = ThreatModel("linf", Fraction(8, 255))
@@ -173,6 +176,42 @@ def test_vmifgsm_follows_the_paper_for_two_steps():
     adv = x + 5e-4 * momentum.sign()
     momentum = momentum + unit(gradient(adv) + variance)
     assert found.allclose((adv + 5e-4 * momentum.sign()).clamp(x - 1e-3, x + 1e-3), atol=1e-7)
+
+
+class Masked(nn.Module):
+    """A linear model behind steps of 1/16, through which no gradient passes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((16 * x).round() / 16 + 0 * x)
+
+
+def test_transfer_breaks_a_model_that_hides_its_gradients(tmp_path):
+    surrogate = build_model("convnet-d3", channels=1, classes=5, resolution=8, seed=1).eval()
+    save_weights(surrogate, tmp_path / "s.safetensors")
+    x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    masked = Masked(surrogate).eval()
+    with torch.no_grad():
+        y = masked(x).argmax(1)
+    threat = ThreatModel("linf", Fraction(1, 6))
+    transfer = Transfer(
+        threat=threat, weights=str(tmp_path / "s.safetensors"), arch="convnet-d3",
+        sha256=file_digest(tmp_path / "s.safetensors"),
+    )  # fmt: skip
+    pgd = PGD(threat=threat, steps=10, step=Fraction(1, 60))
+    moved, climbed = (run(attack, masked, x, y).sum() for attack in (transfer, pgd))
+    assert moved < 15
+    assert climbed > moved + 10
+    # To the end: on the surrogate itself every image keeps moving once it is wrong.
+    short, long = (
+        VMIFGSM(threat=threat, leave=leave).perturb(surrogate, x, y, seed=0)
+        for leave in (True, False)
+    )
+    loss = [nn.functional.cross_entropy(surrogate(adv), y) for adv in (short, long)]
+    assert loss[1] > loss[0]
 
 
 def test_restarts_reach_only_survivors_and_break_no_fewer():

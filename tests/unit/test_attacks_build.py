@@ -14,7 +14,9 @@ from torch import nn
 
 from guardbench.attacks.base import run_verified
 from guardbench.attacks.build import ATTACKS, build_attack, parse_fraction
+from guardbench.canonical import file_digest
 from guardbench.errors import GuardbenchError
+from guardbench.models import build_model, save_weights
 from guardbench.threat import ThreatModel
 
 LINF = ThreatModel("linf", Fraction(1, 5))
@@ -32,18 +34,39 @@ QUICK: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def surrogate(tmp_path_factory):
+    """The weights of a small network as a protocol names them."""
+    path = tmp_path_factory.mktemp("surrogate") / "net.safetensors"
+    save_weights(build_model("convnet-d3", channels=1, classes=5, resolution=8, seed=0), path)
+    return {"weights": str(path), "sha256": file_digest(path), "arch": "convnet-d3"}
+
+
+def test_a_surrogate_is_one_file_and_no_other(surrogate):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()
+    x, y = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    other = build_attack("transfer", LINF, {**surrogate, "sha256": "0" * 64})
+    with pytest.raises(GuardbenchError, match="not the surrogate that the protocol names"):
+        other.perturb(model, x, y, seed=0)
+    with pytest.raises(GuardbenchError, match="attack transfer needs weights, sha256, arch"):
+        build_attack("transfer", LINF, {"steps": 3})
+    with pytest.raises(GuardbenchError, match="weights must be text in quotes"):
+        build_attack("transfer", LINF, {**surrogate, "weights": 3})
+
+
 @pytest.mark.parametrize("kind", sorted(ATTACKS))
-def test_every_attack_keeps_the_contract(kind):
+def test_every_attack_keeps_the_contract(kind, surrogate):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()
     x = torch.rand(6, 1, 8, 8)
     y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 5
-    attack = build_attack(kind, LINF, QUICK.get(kind, {}))
+    params = surrogate if kind == "transfer" else QUICK.get(kind, {})
+    attack = build_attack(kind, LINF, params)
     assert type(attack).__name__.lower() == kind
     assert dataclasses.fields(attack)[0].name == "threat"
     assert attack.threat == (None if kind == "cw" else LINF)
-    assert hash(attack) == hash(build_attack(kind, LINF, QUICK.get(kind, {})))
+    assert hash(attack) == hash(build_attack(kind, LINF, params))
     with pytest.raises(dataclasses.FrozenInstanceError):
         attack.threat = None
     with pytest.raises(TypeError):
