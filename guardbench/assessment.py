@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from guardbench.canonical import digest
 from guardbench.checks import flags
+from guardbench.classifiers import Source, open_classifier
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
 from guardbench.errors import GuardbenchError
 from guardbench.evaluation import measured_test
-from guardbench.imported import Imported, Source, open_classifier
+from guardbench.imported import Imported
 from guardbench.pipeline import choose_protocol
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol

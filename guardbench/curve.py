@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from guardbench import canonical
-from guardbench.attacks.base import plan_batches, run_batch, score_clean
+from guardbench.attacks.base import Images, plan_batches, run_batch, score_clean
 from guardbench.attacks.build import parse_fraction
+from guardbench.attacks.stream import within
 from guardbench.attacks.warm import WarmPGD
 from guardbench.errors import GuardbenchError
+from guardbench.figures import new_figure, save_png
 from guardbench.metrics import wilson
 from guardbench.protocol import first_problem
-from guardbench.records import Line, Name, Sha256, Strict
-from guardbench.store import read_text, write_bytes, write_text
+from guardbench.records import Line, Name, Sha256, Strict, only_const
+from guardbench.store import read_text, write_text
 from guardbench.threat import Norm, ThreatModel
 
 SHARES = ("1/4", "1/2", "3/4", "1", "3/2", "2", "3", "4", "6", "8", "16", "32")
-"""Radii of a curve, unless told, in radii of the protocol; none over 1, where every image is any other."""
+"""Radii of a curve, unless told, in radii of the protocol; in l-inf none over 1, where every image is any
+other."""
 STEPS = 40
+MOST, FARTHEST = 200, 1000
+"""How many radii a curve may have, and the largest."""
 
 
 class Point(Strict):
@@ -37,7 +42,7 @@ class Point(Strict):
         correct: images still right, of the curve's total.
     """
 
-    eps: str = Field(pattern=r"^\d+(/\d+)?$")
+    eps: str = Field(pattern=r"^\d{1,18}(/[1-9]\d{0,17})?$")
     correct: int = Field(ge=0)
 
 
@@ -54,6 +59,7 @@ class Curve(Strict):
         points: by rising radius, clean first; never rising.
     """
 
+    schema_version: Literal[1] = Field(default=1, json_schema_extra=only_const)
     classifier: Name
     weights_sha256: Sha256 | None
     protocol: Name
@@ -61,7 +67,7 @@ class Curve(Strict):
     norm: Norm
     steps: int = Field(ge=1)
     total: int = Field(ge=1)
-    points: tuple[Point, ...] = Field(min_length=2, max_length=1024)
+    points: tuple[Point, ...] = Field(min_length=2, max_length=MOST + 1)
     guardbench: Line
     device: Line
 
@@ -83,16 +89,21 @@ def rising_radii(text: str | None, threat: ThreatModel) -> tuple[Fraction, ...]:
         GuardbenchError: they are not positive and rising.
     """
     if text is None:
-        return tuple(eps for share in SHARES if (eps := Fraction(share) * threat.eps) <= 1)
+        wanted = [Fraction(share) * threat.eps for share in SHARES]
+        return tuple(eps for eps in wanted if eps <= 1 or threat.norm != "linf")
     radii = tuple(parse_fraction(part) for part in text.split(","))
     if radii[0] <= 0 or any(a >= b for a, b in pairwise(radii)):
         raise GuardbenchError(f"--radii {text}: must be positive and rise.")
+    if len(radii) > MOST or radii[-1] > FARTHEST or max(eps.denominator for eps in radii) > 10**15:
+        raise GuardbenchError(
+            f"--radii: at most {MOST}, none over {FARTHEST}, as fractions of at most 15 digits."
+        )
     return radii
 
 
 def security_curve(
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     norm: Norm,
     radii: Sequence[Fraction],
@@ -100,36 +111,44 @@ def security_curve(
     searched: nn.Module | None = None,
     steps: int = STEPS,
     batch_size: int = 256,
-    told: Callable[[int, str], None] = lambda *_: None,
+    told: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """At which radius each image is broken.
 
     At each radius PGD attacks the images that no smaller one has broken, from where it stood at the last
     one; an image broken once is broken at every larger radius, whose ball holds the smaller. Biggio &
-    Roli, Pattern Recognition 2018 (arXiv:1712.03141), section 4.4, ask for such curves.
+    Roli, Pattern Recognition 2018 (arXiv:1712.03141), section 4.4, ask for such curves. An image that
+    survives all costs `steps * len(radii)` gradients.
 
     Args:
-        model: in eval mode; the verdicts are its own (`run_batch`).
+        model: in eval mode; the verdicts are its own (`run_batch`). Where two scorings of an image differ,
+            as of a model that answers at random, it counts as broken when one is wrong.
         x, y: images [N, C, H, W] in [0, 1] and labels [N].
         radii: rising.
         searched: see `run_batch`.
-        told: hears how many images a batch has decided for good, and a word.
+        batch_size: images at a time; no more are decoded at once.
+        told: hears how many images a finished batch had; first of those wrong when clean.
 
     Returns:
         int64 [N]: 0 for wrong when clean, k for broken at `radii[k - 1]`, `len(radii) + 1` for none.
     """
     clean = score_clean(model, x, y, batch_size=batch_size)
     found = torch.where(clean, len(radii) + 1, 0)
-    ended = x.clone()
-    told(int((~clean).sum()), "clean")
-    for place, eps in enumerate(radii, start=1):
-        for index in plan_batches(found > len(radii), batch_size):
-            attack = WarmPGD(ThreatModel(norm, eps), ended[index], steps)
-            outcome = run_batch(attack, model, x, y, index, seed=0, searched=searched)
-            ended[index] = attack.ended.cpu()
-            found[index[outcome.broken]] = place
-            last = int((~outcome.broken).sum()) if place == len(radii) else 0
-            told(int(outcome.broken.sum()) + last, f"eps {eps}")
+    told(int((~clean).sum()))
+    for index in plan_batches(clean, batch_size):
+        attack = WarmPGD(ThreatModel(norm, radii[0]), x[index], steps)
+        left = index
+        for place, eps in enumerate(radii, start=1):
+            attack.threat = ThreatModel(norm, eps)
+            with within((place - 1) / len(radii), place / len(radii)):
+                outcome = run_batch(
+                    attack, model, x, y, left, seed=0, searched=searched, steady=False
+                )
+            found[left[outcome.broken]] = place
+            left = left[~outcome.broken]
+            if not len(left):
+                break
+        told(len(index))
     return found
 
 
@@ -162,26 +181,24 @@ def load_curve(path: Path) -> Curve:
     raise GuardbenchError(f"{path}: not a curve of `guardbench curve`: {reason}.")
 
 
-def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
-    """Draws curves of one norm into a PNG, each with its 95% Wilson band.
+def require_alike(curves: Sequence[tuple[Path, Curve]], words: dict[str, object]) -> None:
+    """Refuses curves that do not belong into one figure with a curve of these fields.
 
-    Raises:
-        GuardbenchError: curves of different norms or protocols.
+    Args:
+        words: `protocol_sha256`, `norm`, `steps` and `total` of the other.
     """
+    for path, curve in curves:
+        for field, wanted in words.items():
+            if (found := getattr(curve, field)) != wanted:
+                raise GuardbenchError(
+                    f"--beside {path}: its {field} is {found}, here it is {wanted}; draw them apart."
+                )
+
+
+def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
+    """Draws curves into a PNG, each with its 95% Wilson band; `require_alike` says which belong together."""
     first = curves[0]
-    for other in curves[1:]:
-        if (other.norm, other.protocol_sha256) != (first.norm, first.protocol_sha256):
-            raise GuardbenchError(
-                f"{other.classifier}: measured under {other.protocol} in {other.norm}, and "
-                f"{first.classifier} under {first.protocol} in {first.norm}; draw them apart."
-            )
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
-
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    figure = new_figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     ticks: dict[float, str] = {}
     for curve in curves:
@@ -196,9 +213,8 @@ def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
         ticks |= {float(Fraction(p.eps)): _in_255ths(Fraction(p.eps)) for p in curve.points}
     # Linear up to the smallest radius, so that clean accuracy has a place; logarithmic beyond.
     axes.set_xscale("symlog", linthresh=min(value for value in ticks if value), linscale=0.5)
-    axes.xaxis.set_major_locator(FixedLocator([*ticks]))
-    axes.xaxis.set_major_formatter(FixedFormatter([*ticks.values()]))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks([*ticks], [*ticks.values()])
+    axes.minorticks_off()
     unit = " x 255" if first.norm == "linf" else ""
     axes.set_xlabel(f"radius in {first.norm}{unit}")
     axes.set_ylabel(f"accuracy under PGD-{first.steps}, %")
@@ -206,9 +222,7 @@ def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
     axes.grid(alpha=0.3)
     axes.set_title(f"{first.protocol}, {first.total} images", fontsize=10)
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+    save_png(path, figure)
 
 
 def _in_255ths(eps: Fraction) -> str:

@@ -292,7 +292,7 @@ def attack_efficiency(clean_seconds: float, attack_seconds: Sequence[float]) -> 
         attack_seconds: time of each attack on the same images, at least one.
     """
     extra = max(attack_seconds) - clean_seconds
-    return 100 * (fmean(attack_seconds) - clean_seconds) / extra if extra else 0.0
+    return 100 * (fmean(attack_seconds) - clean_seconds) / extra if extra > 0 else 0.0
 
 
 def crei(ratio: float, efficiency: float, alpha: float = 0.5) -> float:
@@ -316,31 +316,45 @@ class Beard:
 
 
 def beard(record: AnyRecord) -> Beard | None:
-    """BEARD's numbers over a record's bounded attacks; None where it says nothing of their times.
+    """BEARD's numbers over a record's bounded attacks, at least two; None where they cannot be had.
 
-    Accuracies are means over seeds. An attack's time is its stages' seconds by image, since attacks may
-    see different numbers of images.
+    Accuracies are means over seeds, on the images that all of the attacks measured. An attack's time is
+    its stages' seconds by image, since attacks may see different numbers of images. AutoAttack's has
+    Square's added where it took over that column's verdicts (`scoring.shared_square`).
     """
     seconds = {stage.stage: stage.seconds for stage in record.cost}
     seeds = record.seeds
     names = tuple(name for name in record.attack_names if seeds[0].attacks[name].bounded)
     stages = {f"{name} {run.seed}" for name in ("clean", *names) for run in seeds}
-    if not names or not stages <= seconds.keys():
+    if len(names) < 2 or not stages <= seconds.keys():
         return None
+    shares: dict[str, list[float]] = {name: [] for name in ("clean", *names)}
+    for run in seeds:
+        outcomes = {"clean": run.clean, **{name: run.attacks[name] for name in names}}
+        first = max(outcome.first for outcome in outcomes.values())
+        end = min(outcome.end for outcome in outcomes.values())
+        if end <= first:
+            return None
+        for name, outcome in outcomes.items():
+            flags = outcome.flags()[first - outcome.first : end - outcome.first]
+            shares[name].append(100 * sum(flags) / len(flags))
 
-    def accuracy(outcomes: Sequence[Outcome]) -> float:
-        return fmean(100 * outcome.correct / outcome.total for outcome in outcomes)
-
-    def time(name: str, outcomes: Sequence[Outcome]) -> float:
+    def time(name: str) -> float:
+        found = [run.clean if name == "clean" else run.attacks[name] for run in seeds]
         spent = sum(seconds[f"{name} {run.seed}"] for run in seeds)
-        return spent / sum(outcome.total for outcome in outcomes)
+        return spent / sum(outcome.total for outcome in found)
 
-    clean = [run.clean for run in seeds]
-    attacked = {name: [run.attacks[name] for run in seeds] for name in names}
-    ratio = robustness_ratio(accuracy(clean), [accuracy(found) for found in attacked.values()])
-    efficiency = attack_efficiency(
-        time("clean", clean), [time(name, found) for name, found in attacked.items()]
-    )
+    times = {name: time(name) for name in names}
+    engines = record.provenance.engines
+    if {"autoattack", "square"} <= times.keys() and all(
+        engines.get(name) == "guardbench" for name in ("autoattack", "square")
+    ):
+        pairs = [(run.attacks["autoattack"], run.attacks["square"]) for run in seeds]
+        if all((a.first, a.total) == (s.first, s.total) for a, s in pairs):
+            times["autoattack"] += times["square"]
+    means = {name: fmean(values) for name, values in shares.items()}
+    ratio = robustness_ratio(means["clean"], [means[name] for name in names])
+    efficiency = attack_efficiency(time("clean"), list(times.values()))
     return Beard(ratio, efficiency, crei(ratio, efficiency), names)
 
 

@@ -39,7 +39,7 @@ from guardbench.runtime import Run, stage_cost
 logger = logging.getLogger(__name__)
 
 ENGINE_VERSION = 2
-"""Part of the key of what the engine finds: raised when its verdicts may change."""
+"""Part of the key of what attacks find: raised when their verdicts may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""
 STREAMED = ("autoattack", "square", "apgd", "fab", "deepfool", "spsa")
@@ -116,10 +116,9 @@ def plan_scoring(
             "images": count,
             "seed": seed,
         }
-        if spec.kind in STREAMED:
-            theirs = _run_by(attack) == "reference"
-            version = importlib.metadata.version("pyautoattack") if theirs else ENGINE_VERSION
-            words["engine"] = f"{'pyautoattack' if theirs else 'guardbench'} {version}"
+        theirs = _run_by(attack) == "reference"
+        version = importlib.metadata.version("pyautoattack") if theirs else ENGINE_VERSION
+        words["engine"] = f"{'pyautoattack' if theirs else 'guardbench'} {version}"
         before = _taken_over(protocol, spec, engine)
         if before is not None:
             words["after"] = before.model_dump(mode="json")
@@ -159,8 +158,10 @@ def _passes(attack: Attack) -> float:
     third; about half of the images leave early because they are wrong or broken.
     """
     has: dict[str, Any] = {field.name: getattr(attack, field.name) for field in fields(attack)}  # type: ignore[arg-type]
+    if "weights" in has:  # a surrogate's neighbours, by their default
+        has["neighbours"] = 20
     searches = has.get("targets", 1) if has.get("loss", "dlr-targeted") == "dlr-targeted" else 1
-    steps = has.get("steps", 1) * searches
+    steps = has.get("steps", 1) * searches * has.get("restarts", 1)
     if "queries" in has:
         forward, backward = has["queries"], 0
     elif "samples" in has:
@@ -260,8 +261,7 @@ def shared_square(protocol: Protocol, spec: AttackSpec) -> AttackSpec | None:
     images, its verdicts are taken over and only its survivors meet the other three. AutoAttack's
     seconds are then those of the three.
     """
-    whole = spec.params.get("version", "standard") == "standard" and spec.params.get("square", True)
-    if spec.kind != "autoattack" or not whole:
+    if not spec.is_standard:
         return None
     for other in protocol.attacks[: protocol.attacks.index(spec)]:
         same_images = other.images_per_seed == spec.images_per_seed

@@ -13,7 +13,7 @@ from guardbench.attacks.base import Attack
 from guardbench.attacks.fab import FAB
 from guardbench.attacks.reference import MIN_CLASSES, reference_autoattack
 from guardbench.attacks.square import Square
-from guardbench.attacks.stream import within
+from guardbench.attacks.stream import Fitting, rows_at_once, within
 from guardbench.attacks.targets import require_classes
 from guardbench.errors import GuardbenchError
 from guardbench.records import Engine
@@ -82,10 +82,8 @@ class AutoAttack:
                 found = part.perturb(model, x[live], y[live], seed=seed)
             done += passes
             with torch.no_grad():
-                broken = (
-                    torch.cat([model(some).argmax(1) for some in torch.split(found, 256)])
-                    != y[live]
-                )
+                (logits,) = Fitting(rows_at_once(found))(lambda some: (model(some),), found)
+            broken = logits.argmax(1) != y[live]
             adv[live[broken]] = found[broken]
             live = live[~broken]
             if not len(live):

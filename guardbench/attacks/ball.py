@@ -59,6 +59,11 @@ def project(adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
     return (x + delta * per_image(shrink, x)).clamp_(0, 1)
 
 
+def pixel_radius(threat: ThreatModel, pixels: int) -> float:
+    """How far every one of an image's `pixels` values may move where all move alike (l-inf or l2)."""
+    return float(threat.eps) / (pixels**0.5 if threat.norm == "l2" else 1)
+
+
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """The step of length 1 along which a linear function grows most: sign (l-inf) or g / |g| (l2).
 

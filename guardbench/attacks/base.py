@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.ball import FLOAT32_ULP, length, tolerance
-from guardbench.attacks.stream import Fitting, rows_at_once
+from guardbench.attacks.stream import Fitting, rows_at_once, telling
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
@@ -143,7 +143,7 @@ def score_clean(model: nn.Module, x: Images, y: Tensor, *, batch_size: int = 256
         rows = slice(first, first + batch_size)
         images, labels = _on_device_of(model, x[rows], y[rows])
         _require_unit_range(images)
-        right[rows] = (_logits(model, images, labels).argmax(1) == labels).cpu()
+        right[rows] = (_logits(model, images, labels, batch_size).argmax(1) == labels).cpu()
     return right
 
 
@@ -182,9 +182,9 @@ def run_batch(
             an image is adversarial for the faster form alone.
         steady: two scorings of one image must agree; False, for a model that is known to answer at
             random or by the batch, counts an image as broken when one of them is wrong.
-        rescore_batch_size: of the second scoring; default half the batch. One image is scored
-            beside a copy of itself, and a size that holds the whole batch becomes n + 1, so
-            that the two scorings never share a batch size.
+        rescore_batch_size: of the second scoring; default half of the first one's, which is the batch
+            or `rows_at_once`. One image is scored beside a copy of itself, and a size of the first
+            one's or more becomes one more than that, so that no image meets the same batch size twice.
 
     Raises:
         GuardbenchError: the attack returned something that is not an image inside the ball, or
@@ -207,11 +207,12 @@ def run_batch(
     with frozen(model), frozen(seen):
         adv, distance, broken = attacked(seen, torch.arange(len(images), device=images.device))
         if searched is not None:
-            claimed = _logits(searched, adv, labels).argmax(1) != labels
+            claimed = _logits(searched, adv, labels, rows_at_once(adv)).argmax(1) != labels
             # Its search ended at an image that rounding alone makes adversarial, and only there.
             rows = (claimed & ~broken).nonzero().squeeze(1)
             if len(rows):
-                _, distance[rows], broken[rows] = attacked(model, rows)
+                with telling(lambda *_: None):
+                    _, distance[rows], broken[rows] = attacked(model, rows)
     return BatchOutcome(index=index.cpu(), broken=broken.cpu(), distance=distance.cpu())
 
 
@@ -285,10 +286,10 @@ def _require_unit_range(x: Tensor) -> None:
         )
 
 
-def _logits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Logits [n, K] without gradient; refused if they are NaN or do not fit the labels."""
+def _logits(model: nn.Module, x: Tensor, y: Tensor, most: int) -> Tensor:
+    """Logits [n, K] without gradient, `most` images a pass; refused if they are NaN or do not fit."""
     with torch.no_grad():
-        (logits,) = Fitting(rows_at_once(x))(lambda some: (model(some),), x)
+        (logits,) = Fitting(most)(lambda some: (model(some),), x)
     if logits.ndim != 2 or len(logits) != len(x):
         shape = list(logits.shape)
         raise GuardbenchError(f"the model must answer logits [{len(x)}, K], not {shape}")
@@ -316,7 +317,9 @@ def _inside(attack: Attack, found: Tensor, x: Tensor, index: Tensor) -> tuple[Te
         )
     adv = found.clamp(0, 1)
     threat = attack.threat
-    distance = length(adv.double() - x.double(), "l2" if threat is None else threat.norm)
+    norm = "l2" if threat is None else threat.norm
+    pairs = zip(torch.split(adv, 256), torch.split(x, 256), strict=True)
+    distance = torch.cat([length(one.double() - other.double(), norm) for one, other in pairs])
     if threat is not None:
         allowed = float(threat.eps) + tolerance(threat, x[0].numel())
         if (wrong := distance > allowed).any():
@@ -341,14 +344,14 @@ def _broken(
     steady: bool,
 ) -> Tensor:
     """Whether one of two scorings at different batch sizes misclassifies each image, bool [n]."""
-    count = len(adv)
-    logits = _logits(model, adv, y)
-    size = rescore_batch_size or (count + 1) // 2
-    if size < count:
-        rows = [slice(first, first + size) for first in range(0, count, size)]
-        again = torch.cat([_logits(model, adv[part], y[part]) for part in rows])
+    size = min(len(adv), rows_at_once(adv))
+    logits = _logits(model, adv, y, size)
+    other = rescore_batch_size or (size + 1) // 2
+    if other < size:
+        again = _logits(model, adv, y, other)
     else:
-        again = _logits(model, torch.cat([adv, adv[:1]]), torch.cat([y, y[:1]]))[:count]
+        more, labels = torch.cat([adv, adv[:1]]), torch.cat([y, y[:1]])
+        again = _logits(model, more, labels, size + 1)[:-1]
     first, second = logits.argmax(1) != y, again.argmax(1) != y
     noise = LOGIT_NOISE * torch.maximum(logits.abs().amax(1), again.abs().amax(1))
     margin = torch.maximum(margin_of(logits, y).abs(), margin_of(again, y).abs())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import length, per_image, project, require_norm, steepest
+from guardbench.attacks.ball import per_image, project, require_norm, steepest
 from guardbench.attacks.stream import Rows, gradient_of, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.errors import GuardbenchError
@@ -99,12 +99,16 @@ class _Search:
         nearest, along = x.new_full((len(x),), torch.inf), torch.zeros_like(x)
         for gap in gaps.unbind(1):
             gradient = gradient_of(gap, point, keep=True)
-            slope = length(gradient, "l1" if norm == "linf" else "l2")
-            size = gap.detach().abs() / slope.clamp_min(torch.finfo(x.dtype).tiny)
-            closer = size < nearest
+            direction = steepest(gradient, norm)
+            slope = (gradient * direction).flatten(1).sum(1)  # |g|_1 or |g|_2
+            size = gap.detach().abs() / slope
+            closer = (slope > 0) & (size < nearest)
             nearest = torch.where(closer, size, nearest)
-            along = torch.where(per_image(closer, x), gradient, along)
-        rows["total"] = rows["total"] + per_image(nearest + FURTHER, x) * steepest(along, norm)
+            along = torch.where(per_image(closer, x), direction, along)
+        flat = nearest.isinf()  # no gradient leads to any boundary
+        over = over | flat
+        step = torch.where(flat, 0, nearest + FURTHER)
+        rows["total"] = rows["total"] + per_image(step, x) * along
         after = (x + (1 + self.attack.overshoot) * rows["total"]).clamp_(0, 1)
         rows["adv"] = torch.where(per_image(wrong | over, x), rows["adv"], after)
         rows["step"] = rows["step"] + 1

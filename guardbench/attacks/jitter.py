@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,14 +24,14 @@ class Jitter:
     Attributes:
         threat: the ball; l-inf or l2.
         steps: gradient steps.
-        step: length of a step in [0, 1] pixel units, in the norm of the threat.
+        step: length of a step in radii of the ball.
         scale: alpha in the paper: the largest logit before the softmax.
         noise: sigma in the paper: standard deviation, on probabilities.
     """
 
     threat: ThreatModel
     steps: int = 100
-    step: Fraction = Fraction(1, 1020)
+    step: float = 0.25
     scale: float = 10.0
     noise: float = 0.1
 
@@ -45,7 +44,7 @@ class Jitter:
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N]."""
-        taken = 0
+        taken, size = 0, self.step * float(self.threat.eps)
 
         def objective(logits: Tensor, adv: Tensor, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
             top = logits.abs().amax(1, keepdim=True).clamp_min(1e-12)
@@ -57,7 +56,7 @@ class Jitter:
             nonlocal taken
             taken = step + 1
             move = steepest(gradient, self.threat.norm)
-            return (project(state[0] + float(self.step) * move, x, self.threat),)
+            return (project(state[0] + size * move, x, self.threat),)
 
         start = (random_start(x, self.threat, seed),)
         return search(model, x, y, start, steps=self.steps, update=update, objective=objective)[0]

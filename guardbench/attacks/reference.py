@@ -54,7 +54,7 @@ def reference_autoattack(
             f" {classes}; use pgd and square instead"
         )
     if square and version != "rand":
-        _require_tiles(threat, x)
+        _require_tiles(NORMS[threat.norm], x)
 
     def adjust(engine: Any) -> None:
         for part in (engine.apgd_targeted, engine.fab):
@@ -75,7 +75,7 @@ def reference_square(
     Raises:
         GuardbenchError: images whose height Square cannot tile in l2 or l1.
     """
-    _require_tiles(threat, x)
+    _require_tiles(NORMS[threat.norm], x)
 
     def adjust(engine: Any) -> None:
         engine.square.n_queries = queries
@@ -95,7 +95,8 @@ def reference_part(
     steps: int,
     targets: int,
 ) -> Tensor:
-    """One of pyautoattack's attacks as it is inside AutoAttack standard; survivors come back unchanged.
+    """One of pyautoattack's attacks, otherwise as inside AutoAttack standard; survivors come back as
+    they were.
 
     Args:
         part: `apgd-ce`, `apgd-dlr`, `apgd-t` or `fab-t`.
@@ -109,6 +110,7 @@ def reference_part(
         engine.attacks_to_run = [part]
         for each in (engine.apgd, engine.apgd_targeted, engine.fab):
             each.n_iter = steps
+            each.n_iter_orig = steps  # what APGD reads in l1
         for each in (engine.apgd_targeted, engine.fab):
             each.n_target_classes = min(targets, classes - 1)
 
@@ -133,13 +135,18 @@ class FormerAutoAttack:
     ) -> None:
         from pyautoattack import AutoAttack as Engine  # type: ignore[import-untyped]
 
-        self.device = device
+        self.device, self.norm = device, norm
         self.engine = Engine(model, norm=norm, eps=eps, version=version, device=device, seed=0)
 
     def run_standard_evaluation(
         self, x: Tensor, y: Tensor, *, bs: int, state_path: Path | None = None
     ) -> Tensor:
-        """Adversarial images [N, C, H, W]; survivors come back unchanged."""
+        """Adversarial images [N, C, H, W]; survivors come back unchanged.
+
+        Raises:
+            GuardbenchError: images whose height Square cannot tile in l2.
+        """
+        _require_tiles(self.norm, x)
         with _isolated(self.device):
             found: Tensor = self.engine.run_standard_evaluation(
                 x, y, batch_size=bs, state_path=state_path
@@ -211,13 +218,13 @@ def _isolated(device: torch.device) -> Iterator[None]:
         sys.settrace(tracer)
 
 
-def _require_tiles(threat: ThreatModel, x: Tensor) -> None:
+def _require_tiles(norm: str, x: Tensor) -> None:
     """Refuses sizes at which Square's first tiling (l2, l1) would not fit, which crashes it.
 
     It lays squares of `s = height // 5` from `(height - 5 s) // 2` on, `height // s` of them:
     the last may stick out by less than a square only if `s` is 1.
     """
-    if threat.norm == "linf":
+    if norm == "Linf":
         return
     height, width = x.shape[2:]
     side = height // 5
@@ -226,6 +233,6 @@ def _require_tiles(threat: ThreatModel, x: Tensor) -> None:
         end = start + side * (height // side)
     if side == 0 or (side > 1 and end > min(height, width)):
         raise GuardbenchError(
-            f"Square in {threat.norm} (of pyautoattack) cannot tile {height} x {width} images;"
+            f"Square in {norm.lower()} (of pyautoattack) cannot tile {height} x {width} images;"
             " another resolution or linf works"
         )

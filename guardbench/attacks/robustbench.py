@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -85,11 +86,11 @@ def zoo_model(name: str, dataset: str, norm: str, folder: Path) -> tuple[nn.Modu
         name: as the zoo has it, such as `Wong2020Fast`.
         dataset: `cifar10`, `cifar100` or `imagenet`.
         norm: `linf` or `l2`.
-        folder: weights lie in `<dataset>/<Linf|L2>/<name>.pt` below it, as robustbench keeps them.
+        folder: weights lie in `<dataset>/<Linf|L2>/<name>.pt` below it, as robustbench keeps them;
+            those of a model that it takes from timm lie in torch's own cache.
 
     Returns:
-        The model in eval mode, and where its weights lie (a model of several files: the first part of
-        their names).
+        The model in eval mode, and where its weights lie: no file for a model of several files or timm's.
 
     Raises:
         GuardbenchError: the zoo has no such model, or its weights cannot be had or read.
@@ -120,6 +121,13 @@ def zoo_model(name: str, dataset: str, norm: str, folder: Path) -> tuple[nn.Modu
     return found, path
 
 
+def require_robustbench(norm: str) -> ModuleType:
+    """The package, where it measures this norm; see `robustbench`."""
+    if norm not in NORMS:
+        raise GuardbenchError(f"RobustBench measures linf and l2, not {norm}.")
+    return robustbench()
+
+
 def benchmark(
     model: nn.Module,
     x: Tensor,
@@ -138,9 +146,7 @@ def benchmark(
     Raises:
         GuardbenchError: another norm.
     """
-    if threat.norm not in NORMS:
-        raise GuardbenchError(f"RobustBench measures linf and l2, not {threat.norm}.")
-    evaluation = robustbench().eval
+    evaluation = require_robustbench(threat.norm).eval
     original = evaluation.load_clean_dataset
     # The data set chooses the loader and the preprocessing alone, and both are given.
     evaluation.load_clean_dataset = lambda *_: (x, y)
@@ -164,13 +170,15 @@ def corruptions(
     model: nn.Module,
     folder: Path,
     *,
+    resolution: int,
     count: int = 10_000,
     told: Callable[[str], None] = lambda _: None,
 ) -> dict[str, tuple[float, ...]]:
     """RobustBench's corruption protocol on a folder laid out as CIFAR-10-C.
 
     Args:
-        model: in eval mode, for images of the files' size.
+        model: in eval mode.
+        resolution: side of the images that the model is for.
         folder: holds `labels.npy` [5 N] and `<corruption>.npy`, uint8 [5 N, H, W, 3], N images of
             severity 1, then N of severity 2, ... (Hendrycks & Dietterich, ICLR 2019, arXiv:1903.12261).
         count: the first images of each file and severity; all N where there are fewer.
@@ -186,10 +194,11 @@ def corruptions(
     found = {}
     for name in robustbench().data.CORRUPTIONS:
         images = _array(folder / f"{name}.npy", 4)
-        if len(images) != len(labels) or len(images) % SEVERITIES or images.shape[3] != 3:
+        wanted = (len(labels), resolution, resolution, 3)
+        if images.shape != wanted or not len(images) or len(images) % SEVERITIES:
             raise GuardbenchError(
-                f"{folder / f'{name}.npy'}: {list(images.shape)}, expected [5 N, H, W, 3] beside "
-                f"{len(labels)} labels."
+                f"{folder / f'{name}.npy'}: {list(images.shape)}, expected {list(wanted)}, a fifth of them "
+                "for each severity."
             )
         each = len(images) // SEVERITIES
         accuracies = []
@@ -207,7 +216,7 @@ def _array(path: Path, axes: int) -> Any:
     """A memory-mapped array out of a stranger's file; no pickle."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise GuardbenchError(
             f"{path}: cannot be read ({brief(error)}); a folder of the corruption protocol is laid out as "
             "CIFAR-10-C of zenodo.org/records/2535967."
@@ -233,6 +242,8 @@ def model_info(
         AutoAttack saw.
     """
     (seed,) = record.seeds
+    if attack not in seed.attacks:
+        raise GuardbenchError(f"{record.classifier.name}: the record has no column {attack}.")
     robust = seed.attacks[attack]
     start = robust.first - seed.clean.first
     clean = Outcome.from_flags(seed.clean.flags()[start : start + robust.total])

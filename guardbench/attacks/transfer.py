@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from guardbench.attacks.ball import require_norm
 from guardbench.attacks.base import frozen
 from guardbench.attacks.vmifgsm import VMIFGSM
+from guardbench.canonical import file_digest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
@@ -26,7 +27,8 @@ class Transfer:
 
     Attributes:
         threat: the ball; l-inf or l2.
-        weights: the surrogate's file, as of `guardbench evaluate --weights`.
+        weights: the surrogate's file, as of `guardbench evaluate --weights`; where it lies is no part of
+            a protocol's digest.
         sha256: of that file, so that a protocol names one network and no other.
         arch: its architecture, as of `--arch`.
         normalisation: as of `--normalisation`; empty for a student of guardbench, which brings its own.
@@ -44,12 +46,19 @@ class Transfer:
         require_norm("Transfer", self.threat, ("linf", "l2"))
         if self.steps < 1:
             raise GuardbenchError(f"steps must be positive: {self}")
+        if not Path(self.weights).is_file():
+            raise GuardbenchError(f"attack transfer: weights {self.weights}: no such file")
+        if (found := file_digest(Path(self.weights))) != self.sha256:
+            raise GuardbenchError(
+                f"attack transfer: weights {self.weights}: not the surrogate that the protocol names "
+                f"(sha256 {found[:12]}, expected {self.sha256[:12]})"
+            )
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
 
         Raises:
-            GuardbenchError: the surrogate cannot be read, is another file, or does not fit.
+            GuardbenchError: the surrogate does not fit the architecture.
         """
         if not len(x):
             return x.clone()
@@ -72,7 +81,7 @@ class Transfer:
 @lru_cache(maxsize=2)
 def _surrogate(
     weights: str,
-    sha256: str,
+    sha256: str,  # noqa: ARG001 - another file is another network
     arch: str,
     normalisation: str,
     channels: int,
@@ -85,9 +94,4 @@ def _surrogate(
         Path(weights), arch, channels=channels, classes=classes, resolution=resolution,
         normalisation=normalisation or None, name="surrogate",
     )  # fmt: skip
-    if found.described.weights_sha256 != sha256:
-        raise GuardbenchError(
-            f"{weights}: not the surrogate that the protocol names (sha256 "
-            f"{str(found.described.weights_sha256)[:12]}, expected {sha256[:12]})."
-        )
     return found.model

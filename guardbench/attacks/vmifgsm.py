@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.ball import content_noise, project, require_norm, steepest
+from guardbench.attacks.ball import content_noise, pixel_radius, project, require_norm, steepest
 from guardbench.attacks.mim import gathered
 from guardbench.attacks.search import State, search
-from guardbench.attacks.stream import gradient_of
+from guardbench.attacks.stream import Fitting, gradient_of
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
@@ -30,7 +31,8 @@ class VMIFGSM:
         steps: gradient steps.
         decay: of the momentum, mu in the paper.
         neighbours: N in the paper.
-        beta: neighbours are uniform within `beta * eps` of the iterate, in every pixel.
+        beta: neighbours are uniform within `beta` times `ball.pixel_radius` of the iterate, in every
+            pixel: the paper's `beta * eps` in l-inf.
         leave: False goes on after the first misclassified iterate, for images that are to fool another
             model than the one that they are made on.
     """
@@ -52,24 +54,28 @@ class VMIFGSM:
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N]."""
         eps = float(self.threat.eps)
+        reach = self.beta * pixel_radius(self.threat, x.shape[1:].numel())
+        fitting = Fitting()
 
         def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:
             adv, momentum, variance, labels = state
             momentum = gathered(momentum, gradient + variance, self.decay)
-            around = torch.zeros_like(gradient)
-            for number in range(self.neighbours):
-                noise = content_noise(x, seed, "neighbours", step, number)
-                point = (adv + self.beta * eps * noise).requires_grad_()
-                with torch.enable_grad():
-                    loss = F.cross_entropy(model(point), labels, reduction="sum")
-                    around += gradient_of(loss, point)
             moved = adv + eps / self.steps * steepest(momentum, self.threat.norm)
-            return (
-                project(moved, x, self.threat),
-                momentum,
-                around / self.neighbours - gradient,
-                labels,
-            )
+            if step < self.steps - 1:  # nothing reads the variance after the last step
+                around = torch.zeros_like(gradient)
+                for number in range(self.neighbours):
+                    noise = content_noise(x, seed, "neighbours", step, number)
+                    (found,) = fitting(partial(_gradient, model), adv + reach * noise, labels)
+                    around += found
+                variance = around / self.neighbours - gradient
+            return project(moved, x, self.threat), momentum, variance, labels
 
         start = (x, torch.zeros_like(x), torch.zeros_like(x), y)
         return search(model, x, y, start, steps=self.steps, update=update, leave=self.leave)[0]
+
+
+def _gradient(model: nn.Module, point: Tensor, labels: Tensor) -> tuple[Tensor]:
+    point = point.requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(point), labels, reduction="sum")
+        return (gradient_of(loss, point),)

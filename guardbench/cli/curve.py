@@ -48,9 +48,9 @@ def curve(
 ) -> None:
     """Attack a classifier at rising radii and draw its security curve.
 
-    PGD goes on from one radius to the next with the images that are left, so the whole curve costs
-    little more than its largest radius. It shows how accuracy falls, and whether it falls to nothing, as
-    it must; the number for a board is AutoAttack's, by `guardbench evaluate`.
+    PGD goes on from one radius to the next with the images that are left. The curve shows how accuracy
+    falls, and whether it falls to nothing, as it must; the number for a comparison is AutoAttack's, by
+    `guardbench evaluate`.
 
     Example: guardbench curve --protocol digits --weights guard.safetensors --arch convnet-d3-bn-small
     """
@@ -58,18 +58,20 @@ def curve(
     from rich.table import Table
 
     import guardbench
+    from guardbench.attacks.stream import telling
+    from guardbench.classifiers import Source, open_classifier
     from guardbench.curve import (
         STEPS,
         Curve,
         draw_curves,
         load_curve,
         points_of,
+        require_alike,
         rising_radii,
         save_curve,
         security_curve,
     )
     from guardbench.data.dataset import load_split
-    from guardbench.imported import Source, open_classifier
     from guardbench.metrics import wilson
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
@@ -86,7 +88,7 @@ def curve(
     wanted = rising_radii(radii, threat)
     if output.suffix != ".json":
         raise GuardbenchError(f"--output {output}: must end in .json; the plot ends in .png.")
-    earlier = [load_curve(path) for path in beside or []]
+    earlier = [(path, load_curve(path)) for path in beside or []]
     check_writable(output.parent)
     where = make_accelerator(device, "fp32", chosen.resolution).device
     imported = open_classifier(source, chosen, where, cache_dir)
@@ -97,17 +99,24 @@ def curve(
         cache_dir=cache_dir, progress=progress, per_class=1,
     )  # fmt: skip
     order = chosen.test_indices(test.ids)[:images]
-    x, y = test.batch(order), test.labels[order]
+    x, y = test.select(order), test.labels[order]
+    alike = {"protocol_sha256": chosen.digest, "norm": threat.norm, "steps": STEPS, "total": len(x)}
+    require_alike(earlier, alike)
+    size = attack_batch(x.shape[-1])
     with progress.stage("curve", len(x), "images") as bar:
-        found = security_curve(
-            imported.model, x, y, threat.norm, wanted,
-            searched=searchable(imported.model, x[:8].to(where)),
-            batch_size=attack_batch(x.shape[-1]), told=bar.advance,
-        )  # fmt: skip
+
+        def tell(share: float, alive: int) -> None:
+            bar.within(share * min(size, len(x) - bar.done), f"{alive} of a batch not yet broken")
+
+        with telling(tell):
+            found = security_curve(
+                imported.model, x, y, threat.norm, wanted,
+                searched=searchable(imported.model, x[:8].to(where)),
+                batch_size=size, told=bar.advance,
+            )  # fmt: skip
     made = Curve(
         classifier=imported.described.name, weights_sha256=imported.described.weights_sha256,
-        protocol=chosen.id, protocol_sha256=chosen.digest, norm=threat.norm, steps=STEPS,
-        total=len(x), points=points_of(found, wanted), guardbench=guardbench.__version__,
+        protocol=chosen.id, **alike, points=points_of(found, wanted), guardbench=guardbench.__version__,
         device=device_name(where),
     )  # fmt: skip
     table = Table("eps", "accuracy %", "95% interval")
@@ -118,5 +127,5 @@ def curve(
         )
     console.print(table)
     save_curve(output, made)
-    draw_curves(output.with_suffix(".png"), [made, *earlier])
+    draw_curves(output.with_suffix(".png"), [made, *(curve for _, curve in earlier)])
     console.print(f"curve  {output}\nplot   {output.with_suffix('.png')}", highlight=False)

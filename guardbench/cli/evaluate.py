@@ -56,7 +56,7 @@ def evaluate(
 
     console = Console(emoji=False)
     from guardbench.assessment import Request, assess, prepare
-    from guardbench.imported import Source
+    from guardbench.classifiers import Source
     from guardbench.progress import Progress
 
     request = Request(

@@ -54,8 +54,9 @@ def benchmark(
     from rich.console import Console
 
     from guardbench.attacks.robustbench import benchmark as run_benchmark
+    from guardbench.attacks.robustbench import require_robustbench
+    from guardbench.classifiers import Source, open_classifier
     from guardbench.data.dataset import load_split
-    from guardbench.imported import Source, open_classifier
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
     from guardbench.runtime import make_accelerator
@@ -63,6 +64,7 @@ def benchmark(
     source = Source(weights=weights, arch=arch, python=python, normalisation=normalisation)
     source.require_one()
     chosen = choose_protocol(None, protocol)
+    require_robustbench(chosen.threat.norm)
     where = make_accelerator(device, "fp32", chosen.resolution).device
     model = open_classifier(source, chosen, where, cache_dir).model
     console = Console(emoji=False)
@@ -107,7 +109,7 @@ def corruptions(
 
     from guardbench.attacks.robustbench import SEVERITIES
     from guardbench.attacks.robustbench import corruptions as measure
-    from guardbench.imported import Source, open_classifier
+    from guardbench.classifiers import Source, open_classifier
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
     from guardbench.runtime import make_accelerator
@@ -115,11 +117,19 @@ def corruptions(
     source = Source(weights=weights, arch=arch, python=python, normalisation=normalisation)
     source.require_one()
     chosen = choose_protocol(None, protocol)
+    if not chosen.dataset.startswith("cifar"):
+        raise GuardbenchError(
+            f"--protocol {protocol}: its classes are those of {chosen.dataset}; the corruption files are "
+            "of CIFAR."
+        )
     where = make_accelerator(device, "fp32", chosen.resolution).device
     model = open_classifier(source, chosen, where, cache_dir).model
     console = Console(emoji=False)
     with Progress(console).stage("corruptions", 15, "corruptions") as bar:
-        found = measure(model, folder, count=images, told=lambda name: bar.advance(1, name))
+        found = measure(
+            model, folder, resolution=chosen.resolution, count=images,
+            told=lambda name: bar.advance(1, name),
+        )  # fmt: skip
     table = Table("corruption", *(f"severity {s}" for s in range(1, SEVERITIES + 1)), "mean")
     for name, shares in found.items():
         table.add_row(name, *(f"{100 * s:.1f}" for s in [*shares, sum(shares) / SEVERITIES]))
@@ -131,6 +141,10 @@ def corruptions(
 @app.command()
 def export(
     record: Annotated[Path, typer.Argument(help="A record of `guardbench evaluate`.")],
+    measured_by: Annotated[
+        str | None,
+        typer.Option("--protocol", help="The file of a protocol of your own.", show_default=False),
+    ] = None,
     paper: Annotated[
         str | None, typer.Option(help="Title of the paper.", show_default=False)
     ] = None,
@@ -160,23 +174,16 @@ def export(
             f"{record}: the record of a distilled dataset; RobustBench lists classifiers, so give one "
             "of `guardbench evaluate`."
         )
-    protocol = load_protocol(found.protocol)
-    column = next(
-        (
-            spec.name
-            for spec in protocol.attacks
-            if spec.kind == "autoattack" and spec.params.get("version", "standard") == "standard"
-        ),
-        None,
-    )
+    protocol = load_protocol(measured_by or found.protocol)
+    column = next((spec.name for spec in protocol.attacks if spec.is_standard), None)
     if (
         protocol.digest != found.protocol_sha256
         or column is None
         or protocol.threat.norm not in NORMS
     ):
         raise GuardbenchError(
-            f"{record}: its protocol {found.protocol} is not one of this guardbench with AutoAttack in "
-            "linf or l2."
+            f"{record}: its protocol {found.protocol} is not this one with AutoAttack standard in linf "
+            "or l2; --protocol names the file of one of your own."
         )
     words = model_info(
         found, column, protocol.threat.model.eps, name=paper, authors=authors, link=link,

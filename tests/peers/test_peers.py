@@ -111,7 +111,7 @@ def test_agrees_with_torchattacks(case, name):
         ),
         # Without the noise, which alone moves either by a point from seed to seed.
         "Jitter": lambda: (
-            Jitter(threat=LINF, steps=40, step=STEP, noise=0.0),
+            Jitter(threat=LINF, steps=40, step=0.1, noise=0.0),
             peers.Jitter(model, eps=eps, alpha=alpha, steps=40, std=0),
         ),
     }[name]
@@ -161,13 +161,12 @@ def test_pgd_agrees_with_foolbox(case, threat):
     agree(ours(PGD(threat=threat, steps=100, step=threat.eps / 10), case), scored(adv, case))
 
 
-def test_spsa_is_no_weaker_than_torchattacks_at_equal_answers(case):
+def test_spsa_is_about_as_strong_as_torchattacks_at_equal_answers(case):
+    """Both estimate at random; theirs takes one batch's loss for all images."""
     peers = pytest.importorskip("torchattacks")
-    model, x, y = case[0], case[1][:60], case[2][:60]
+    model, x, y = case[0], case[1][:100], case[2][:100]
     torch.manual_seed(0)
     theirs = peers.SPSA(model, eps=float(EPS), delta=0.01, lr=0.01, nb_iter=20, nb_sample=64)
-    small = (model, x, y)
-    mine = ours(SPSA(threat=LINF, steps=20, samples=64, lr=0.01), small)
-    found = scored(theirs(x, y), small)
-    print(f"ours {mine:.1f}%, theirs {found:.1f}%")
-    assert mine <= found + 5
+    small, share = (model, x, y), 0.01 / float(EPS)
+    mine = ours(SPSA(threat=LINF, steps=20, samples=64, lr=share, delta=share), small)
+    agree(mine, scored(theirs(x, y), small), at_most=4)

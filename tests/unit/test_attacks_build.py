@@ -43,11 +43,10 @@ def surrogate(tmp_path_factory):
 
 
 def test_a_surrogate_is_one_file_and_no_other(surrogate):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()
-    x, y = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
-    other = build_attack("transfer", LINF, {**surrogate, "sha256": "0" * 64})
     with pytest.raises(GuardbenchError, match="not the surrogate that the protocol names"):
-        other.perturb(model, x, y, seed=0)
+        build_attack("transfer", LINF, {**surrogate, "sha256": "0" * 64})
+    with pytest.raises(GuardbenchError, match="no such file"):
+        build_attack("transfer", LINF, {**surrogate, "weights": "elsewhere.safetensors"})
     with pytest.raises(GuardbenchError, match="attack transfer needs weights, sha256, arch"):
         build_attack("transfer", LINF, {"steps": 3})
     with pytest.raises(GuardbenchError, match="weights must be text in quotes"):

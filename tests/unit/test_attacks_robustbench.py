@@ -14,9 +14,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from guardbench.attacks.robustbench import benchmark, corruptions, robustbench, zoo_model
+from guardbench.classifiers import Source, open_classifier
 from guardbench.cli import app
 from guardbench.errors import GuardbenchError
-from guardbench.imported import Source, open_classifier
 from guardbench.protocol import load_protocol
 from guardbench.record_files import save_record
 from guardbench.records import (
@@ -69,7 +69,7 @@ def test_its_benchmark_gives_the_exact_robust_accuracy_of_a_linear_model():
         benchmark(model, x, y, ThreatModel("l1", Fraction(1)))
 
 
-def test_a_model_of_the_zoo_comes_with_the_weights_in_the_cache(tmp_path):
+def test_a_model_of_the_zoo_comes_with_the_weights_in_the_cache(tmp_path, capsys):
     package = robustbench()
     made = package.utils.all_models[package.model_zoo.enums.BenchmarkDataset("cifar10")][
         package.model_zoo.enums.ThreatModel("Linf")
@@ -97,14 +97,14 @@ def test_a_model_of_the_zoo_comes_with_the_weights_in_the_cache(tmp_path):
     with pytest.raises(GuardbenchError, match="its weights could not be had") as error:
         open_classifier(source, protocol, torch.device("cpu"), tmp_path)
     assert str(path) in str(error.value)
+    assert "code ran" not in capsys.readouterr().out
 
 
-def test_what_the_zoo_lacks_is_one_line(tmp_path, capsys):
+def test_what_the_zoo_lacks_is_one_line(tmp_path):
     with pytest.raises(GuardbenchError, match="Did you mean Wong2020Fast"):
         zoo_model("Wong2020Fats", "cifar10", "linf", tmp_path)
     with pytest.raises(GuardbenchError, match="not for imagenette in linf"):
         zoo_model("Wong2020Fast", "imagenette", "linf", tmp_path)
-    assert "code ran" not in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -131,12 +131,12 @@ class Bright(nn.Module):
 def test_corruptions_are_told_by_file_and_severity(corrupted):
     folder, names = corrupted
     heard: list[str] = []
-    found = corruptions(Bright().eval(), folder, told=heard.append)
+    found = corruptions(Bright().eval(), folder, resolution=2, told=heard.append)
     assert heard == list(names) == list(found)
     for place, name in enumerate(names):
         last = 0.75 if 50 + 10 * place > 127.5 else 0.25
         assert found[name] == (0.75, 0.75, 0.75, 0.25, last)
-    first = corruptions(Bright().eval(), folder, count=2)
+    first = corruptions(Bright().eval(), folder, resolution=2, count=2)
     assert first[names[0]] == (1, 1, 1, 0, 0)
 
 
@@ -145,14 +145,21 @@ def test_corruptions_are_told_by_file_and_severity(corrupted):
     [
         (lambda f: (f / "snow.npy").unlink(), "snow.npy: cannot be read"),
         (lambda f: np.save(f / "snow.npy", np.zeros((20, 2, 2), np.uint8)), "with 4 axes"),
-        (lambda f: np.save(f / "fog.npy", np.zeros((15, 2, 2, 3), np.uint8)), "beside 20 labels"),
+        (
+            lambda f: np.save(f / "fog.npy", np.zeros((15, 2, 2, 3), np.uint8)),
+            r"expected \[20, 2, 2, 3\]",
+        ),
+        (lambda f: np.save(f / "fog.npy", np.zeros((20, 4, 4, 3), np.uint8)), r"expected \[20, 2"),
+        (lambda f: (f / "snow.npy").write_bytes(b""), "snow.npy: cannot be read"),
+        (lambda f: (f / "snow.npy").write_bytes(b"PK\x03\x04"), "snow.npy: cannot be read"),
+        (lambda f: [np.save(p, np.load(p)[:0]) for p in f.glob("*.npy")], "expected"),
         (lambda f: np.save(f / "labels.npy", np.array([print] * 20)), "cannot be read"),
     ],
 )
 def test_a_folder_that_is_no_cifar10c_is_one_line(corrupted, spoil, line):
     spoil(corrupted[0])
     with pytest.raises(GuardbenchError, match=line):
-        corruptions(Bright().eval(), corrupted[0])
+        corruptions(Bright().eval(), corrupted[0], resolution=2)
 
 
 def record(**more) -> ClassifierRecord:
@@ -188,6 +195,12 @@ def test_a_record_becomes_model_info(tmp_path):
         "name": "Ours", "dataset": "digits", "architecture": "resnet18", "eps": "16/255",
         "clean_acc": "80.00", "autoattack_acc": "30.00", "number_forward_passes": 1,
     }  # fmt: skip
+    column = {"other": Outcome.from_flags([True] * 30 + [False] * 70)}
+    clean = Outcome.from_flags([True] * 300)
+    bare = SeedRun(seed=0, clean=clean, attacks=column)
+    save_record(tmp_path / "bare.json", record(seeds=(bare,)))
+    result = CliRunner().invoke(app, ["robustbench", "export", str(tmp_path / "bare.json")])
+    assert isinstance(result.exception, GuardbenchError)
     save_record(tmp_path / "old.json", record(protocol_sha256="1" * 64))
     result = CliRunner().invoke(app, ["robustbench", "export", str(tmp_path / "old.json")])
     assert isinstance(result.exception, GuardbenchError)

@@ -154,6 +154,18 @@ def test_rescored_at_another_batch_size(count, size, expected):
     assert model.sizes == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(None, [4, 4, 2, 2, 2, 2, 2, 2]), (3, [4, 4, 2, 3, 3, 3, 1]), (64, [4, 4, 2, 5, 5, 1])],
+)
+def test_more_images_than_fit_at_once_are_scored_in_two_sizes_too(size, expected, monkeypatch):
+    monkeypatch.setattr("guardbench.attacks.base.rows_at_once", lambda _: 4)
+    model, x, y = case(10)
+    model.sizes.clear()
+    run_batch(Claims(lambda x: x), model, x, y, torch.arange(10), seed=0, rescore_batch_size=size)
+    assert model.sizes == expected
+
+
 class Batchwise(Brightness):
     """Its margin moves by `shift` when the batch holds fewer than 8 images."""
 

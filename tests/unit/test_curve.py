@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from guardbench.attacks import warm
 from guardbench.cli import app
 from guardbench.curve import (
     Curve,
@@ -17,6 +18,7 @@ from guardbench.curve import (
     draw_curves,
     load_curve,
     points_of,
+    require_alike,
     rising_radii,
     save_curve,
     security_curve,
@@ -54,29 +56,55 @@ def test_of_a_linear_model_every_image_breaks_at_its_own_radius(norm):
     expected = torch.tensor(
         [0 if d == 0 else 1 + sum(float(d) > float(r) for r in radii) for d in distance]
     )
-    heard: list[tuple[int, str]] = []
-    found = security_curve(
-        model, x, y, norm, radii, batch_size=30, told=lambda *words: heard.append(words)
-    )
+    heard: list[int] = []
+    found = security_curve(model, x, y, norm, radii, batch_size=30, told=heard.append)
     assert torch.equal(found[clear.all(1)], expected[clear.all(1)])
     assert clear.all(1).sum() > 70
-    assert sum(count for count, _ in heard) == 80
+    assert heard == [9, 30, 30, 11]
     points = points_of(found, radii)
     assert points[0] == Point(eps="0", correct=71)
     assert points[-1].correct == 0, "beyond the farthest image nothing is left"
 
 
-def test_survivors_go_on_from_where_they_stood():
-    """With one step a radius, only the sum of all steps reaches the boundary."""
+def test_survivors_go_on_from_where_they_stood(monkeypatch):
     model, x, y, distance = linear_case("linf")
-    image = int(distance.argmax())
-    far = float(distance[image])
-    radii = [Fraction(share * far).limit_denominator(10**6) for share in (0.7, 0.8, 1.05)]
-    one = slice(image, image + 1)
-    found = security_curve(model, x[one], y[one], "linf", radii, steps=1)
-    assert found.tolist() == [3]
-    anew = security_curve(model, x[one], y[one], "linf", radii[2:], steps=1)
-    assert anew.tolist() == [1], "one step of 2.5 radii reaches as far"
+    far = float(distance.max())
+    radii = [Fraction(share * far).limit_denominator(10**6) for share in (0.4, 0.7, 1.1)]
+    starts: list[Tensor] = []
+    kept = warm.search
+
+    def listen(model, x, y, state, **more):
+        starts.append(state[0].clone())
+        found = kept(model, x, y, state, **more)
+        starts.append(found[0].clone())
+        return found
+
+    monkeypatch.setattr(warm, "search", listen)
+    found = security_curve(model, x, y, "linf", radii, steps=3)
+    begun, ended = starts[::2], starts[1::2]
+    assert len(begun) == 3
+    assert torch.equal(begun[0], x[found > 0])
+    assert torch.equal(begun[1], ended[0][found[found > 0] > 1])
+    assert torch.equal(begun[2], ended[1][found[found > 1] > 2])
+    assert 0 < len(begun[2]) < len(begun[1]) < len(begun[0])
+
+
+class Noisy(nn.Module):
+    """A linear model whose logits move by more than their margin."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) + 0.1 * torch.randn(len(x), 2)
+
+
+def test_a_model_that_answers_at_random_has_a_curve_too():
+    model, x, y, _ = linear_case("linf")
+    torch.manual_seed(0)
+    found = security_curve(Noisy(model).eval(), x, y, "linf", [Fraction(1, 100)], steps=2)
+    assert (found < 2).sum() > 20
 
 
 def curve(**more) -> Curve:
@@ -96,8 +124,11 @@ def test_a_curve_comes_back_from_its_file_and_is_drawn_beside_others(tmp_path):
     draw_curves(tmp_path / "a.png", [first, other])
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > 900
-    with pytest.raises(GuardbenchError, match="draw them apart"):
-        draw_curves(tmp_path / "b.png", [first, curve(norm="l2")])
+    alike = {"norm": "linf", "total": 10, "steps": 40, "protocol_sha256": "0" * 64}
+    require_alike([(tmp_path / "a.json", first)], alike)
+    for field, value in {"norm": "l2", "total": 9, "steps": 3, "protocol_sha256": "1" * 64}.items():
+        with pytest.raises(GuardbenchError, match=f"its {field} is .*; draw them apart"):
+            require_alike([(tmp_path / "a.json", first)], {**alike, field: value})
 
 
 @pytest.mark.parametrize(
@@ -105,6 +136,8 @@ def test_a_curve_comes_back_from_its_file_and_is_drawn_beside_others(tmp_path):
     [
         ([("0", 4), ("1/255", 5)], "broken at every larger one"),
         ([("0", 11), ("1/255", 5)], "broken at every larger one"),
+        ([("0", 4), ("1/0", 3)], "eps"),
+        ([("0", 4), ("9" * 400, 3)], "eps"),
         ([("1/255", 4), ("2/255", 3)], "must begin at 0 and rise"),
         ([("0", 4), ("2/255", 3), ("1/255", 2)], "must begin at 0 and rise"),
     ],
@@ -125,6 +158,11 @@ def test_radii():
     default = rising_radii(None, threat)
     assert threat.eps in default
     assert max(default) <= 1
+    wide = rising_radii(None, ThreatModel("l2", Fraction(1, 2)))
+    assert max(wide) == 16, "in l2 a radius of 1 is no limit"
+    for wrong in ("1e400", ",".join(f"{k}/255" for k in range(1, 300)), f"1/{'9' * 30}"):
+        with pytest.raises(GuardbenchError, match="at most 200, none over 1000"):
+            rising_radii(wrong, threat)
     for wrong in ("2/255,1/255", "0,1/255", "1/255,1/255"):
         with pytest.raises(GuardbenchError, match="must be positive and rise"):
             rising_radii(wrong, threat)
