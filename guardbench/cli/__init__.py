@@ -10,6 +10,7 @@ import typer
 
 import guardbench
 from guardbench.cli import leaderboard, robustbench
+from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
 from guardbench.cli.curve import curve
 from guardbench.cli.evaluate import evaluate
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(evaluate)
 app.command()(curve)
+app.command()(attacks)
 app.command()(show)
 app.command()(compare)
 app.add_typer(leaderboard.app, name="leaderboard")
