@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_batch, score_clean
+from guardbench.attacks.stream import rows_at_once
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.imported import from_file
@@ -92,6 +93,76 @@ def measure(
     return found
 
 
+class Counted(nn.Module):
+    """Counts the images that a network is asked about, with and without gradient."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.forward_only, self.with_gradient = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.with_gradient += len(x)
+        else:
+            self.forward_only += len(x)
+        return self.net(x)
+
+
+def bare_rates(net: nn.Module, x: Tensor, seconds: float = 3.0) -> tuple[float, float]:
+    """Images a second of `net` in bare loops at the engine's batch size: forward, and with gradient."""
+    size = rows_at_once(x)
+    batch = x[torch.arange(size) % len(x)]
+
+    def forward() -> None:
+        with torch.no_grad():
+            net(batch)
+
+    def gradient() -> None:
+        point = batch.clone().requires_grad_()
+        torch.autograd.grad(net(point).sum(), point)
+
+    rates = []
+    for run in (forward, gradient):
+        run()
+        count, begun = 0, time.perf_counter()
+        while time.perf_counter() - begun < seconds:
+            run()
+            count += size
+        rates.append(count / (time.perf_counter() - begun))
+    return rates[0], rates[1]
+
+
+def shares(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> list[str]:
+    """Where the engine's time goes: by part, and over the bare loops of the same folded network."""
+    device = next(model.parameters()).device
+    x, y = x.to(device), y.to(device)
+    fast = Counted(searchable(model, x[:8])).eval()
+    forward, gradient = bare_rates(fast.net, x)
+    alive = score_clean(model, x, y).nonzero().squeeze(1).to(device)
+    rows = []
+    for part in AutoAttack(threat=threat).parts():
+        fast.forward_only = fast.with_gradient = 0
+        begun = time.perf_counter()
+        found = part.perturb(fast, x[alive], y[alive], seed=0)
+        spent = time.perf_counter() - begun
+        bare = fast.forward_only / forward + fast.with_gradient / gradient
+        name = f"{type(part).__name__} {getattr(part, 'loss', '')}".strip()
+        rows.append((name, len(alive), fast.forward_only, fast.with_gradient, spent, bare))
+        with torch.no_grad():
+            alive = alive[model(found).argmax(1) == y[alive]]
+    whole, bare = sum(row[4] for row in rows), sum(row[5] for row in rows)
+    return [
+        f"  bare loops: {forward:.0f} forward, {gradient:.0f} gradient images a second",
+        *(
+            f"  {name:<18}{100 * spent / whole:5.1f}%  {count} images, {asked} forward, {pulled} gradients, "
+            f"{clock(spent)}, bare {clock(alone)}"
+            for name, count, asked, pulled, spent, alone in rows
+        ),
+        f"  overhead over the bare loops: {100 * (whole / bare - 1):.1f}%",
+    ]
+
+
 def together(parts: list[Measured]) -> Measured:
     """Everything as one."""
     return Measured(
@@ -111,6 +182,9 @@ def main() -> None:
     words.add_argument("--slice", type=int, default=100, help="images an engine gets at a turn")
     words.add_argument("--batch", type=int, help="pyautoattack's; the whole slice unless told")
     words.add_argument("--eps", type=Fraction, nargs="+", help="instead of the protocol's")
+    words.add_argument(
+        "--shares", action="store_true", help="also say where the engine's time goes"
+    )
     words.add_argument("--data-dir", type=Path)
     words.add_argument("--cache-dir", type=Path)
     args = words.parse_args()
@@ -139,6 +213,8 @@ def main() -> None:
             size = {"slice_size": args.slice, "batch": args.batch or args.slice}
             parts.append(measure(model, x, y, ThreatModel(norm, eps), **size))
             print(f"{weights.stem}, {norm} {eps}, {clean:.1f}% clean", *parts[-1].lines(), sep="\n")
+            if args.shares:
+                print(*shares(model, x, y, ThreatModel(norm, eps)), sep="\n")
     if len(parts) > 1:
         whole = together(parts)
         print(f"all, {len(whole.robust[ENGINES[0]])} verdicts", *whole.lines(), sep="\n")
