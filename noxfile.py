@@ -40,6 +40,17 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def peers(session: nox.Session) -> None:
+    """The attacks beside torchattacks, foolbox and pyautoattack; without `datasets`, see the file."""
+    session.install(
+        "torch", "torchvision", "torchattacks", "foolbox", "pyautoattack", "scikit-learn",
+        "pydantic", "safetensors", "accelerate", *TEST,
+    )  # fmt: skip
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", "-s", "tests/peers", *session.posargs, env=THREADS)
+
+
+@nox.session
 def lowest(session: nox.Session) -> None:
     """The suite on the lowest direct versions that the package admits; needs uv."""
     session.run_install(

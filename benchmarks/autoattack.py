@@ -1,25 +1,29 @@
-"""AutoAttack standard: guardbench's engine against pyautoattack, same model, same images, one run.
+"""AutoAttack standard: guardbench's engine against pyautoattack, same models, same images, one run.
 
-    python benchmarks/autoattack.py --weights student.safetensors --arch resnet18 \
-        --protocol imagenette-64 --images 200 --eps 1/255
+    python benchmarks/adversarial.py --protocol digits --arch convnet-d3-bn-small --output at.safetensors
+    python benchmarks/autoattack.py --weights sre2l.safetensors guard.safetensors at.safetensors \
+        --arch convnet-d3-bn-small --protocol digits --images 300 --eps 1/255 8/255
 
 Images go to both engines in the same slices, turn and turn about, so that a neighbour's load hits both.
-Prints robust accuracy of both, the images on which they differ with a sign test, seconds, their
-ratio, and peak memory. pyautoattack gets its best batch size with --batch; it sees the model as it
-is, the engine its folded copy, as in `guardbench evaluate`.
+Prints for each model and radius the robust accuracy of both, the images on which they differ, seconds,
+their ratio and peak memory, and at the end the same over all, with a sign test. pyautoattack gets its
+best batch size with --batch; it sees the model as it is, the engine its folded copy, as in `guardbench
+evaluate`.
 """
 
 import argparse
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_batch, score_clean
+from guardbench.attacks.stream import rows_at_once
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.imported import from_file
@@ -27,84 +31,193 @@ from guardbench.progress import Progress, clock
 from guardbench.protocol import load_protocol
 from guardbench.runtime import MemoryMeter, device_name
 from guardbench.scoring import searchable
+from guardbench.threat import ThreatModel
+
+ENGINES = ("pyautoattack", "guardbench")
+
+
+@dataclass
+class Measured:
+    """What both engines found on the same images: verdicts by engine, seconds and bytes at the peak."""
+
+    robust: dict[str, Tensor]
+    seconds: dict[str, float]
+    memory: dict[str, int]
+
+    def lines(self) -> list[str]:
+        """The table of one model at one radius, or of all."""
+        theirs, own = (self.robust[name] for name in ENGINES)
+        higher, lower = int((own & ~theirs).sum()), int((theirs & ~own).sum())
+        found = [
+            f"  {name:<13}{100 * self.robust[name].float().mean():6.2f}% robust"
+            f"{clock(self.seconds[name]):>14}  {self.memory[name] / 1e9:.2f} GB"
+            for name in ENGINES
+        ]
+        ratio = self.seconds["guardbench"] / max(self.seconds["pyautoattack"], 1e-9)
+        return [
+            *found,
+            f"  differing: {higher} robust to guardbench's alone, {lower} to pyautoattack's alone, "
+            f"sign test p = {sign_test(higher, lower):.3f}; seconds {ratio:.2f} of pyautoattack's",
+        ]
+
+
+def measure(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, slice_size: int, batch: int
+) -> Measured:
+    """Runs both engines on the images that the model gets right; the others count as not robust."""
+    device = next(model.parameters()).device
+    right = score_clean(model, x, y).nonzero().squeeze(1)
+    fast = searchable(model, x[:8].to(device))
+
+    def reference(index: Tensor) -> Tensor:
+        attack = AutoAttack(threat=threat, engine="reference")
+        parts = [run_batch(attack, model, x, y, part, seed=0) for part in torch.split(index, batch)]
+        return torch.cat([part.broken for part in parts])
+
+    def ours(index: Tensor) -> Tensor:
+        attack = AutoAttack(threat=threat)
+        return run_batch(attack, model, x, y, index, seed=0, searched=fast).broken
+
+    run = {"pyautoattack": reference, "guardbench": ours}
+    found = Measured(
+        {name: torch.zeros(len(x), dtype=torch.bool) for name in ENGINES},
+        dict.fromkeys(ENGINES, 0.0),
+        dict.fromkeys(ENGINES, 0),
+    )
+    for number, index in enumerate(torch.split(right, slice_size)):
+        for name in ENGINES if number % 2 == 0 else ENGINES[::-1]:
+            meter, begun = MemoryMeter(device), time.perf_counter()
+            found.robust[name][index] = ~run[name](index)
+            found.seconds[name] += time.perf_counter() - begun
+            found.memory[name] = max(found.memory[name], meter.peak())
+    return found
+
+
+class Counted(nn.Module):
+    """Counts the images that a network is asked about, with and without gradient."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.forward_only, self.with_gradient = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.with_gradient += len(x)
+        else:
+            self.forward_only += len(x)
+        return self.net(x)
+
+
+def bare_rates(net: nn.Module, x: Tensor, seconds: float = 3.0) -> tuple[float, float]:
+    """Images a second of `net` in bare loops at the engine's batch size: forward, and with gradient."""
+    size = rows_at_once(x)
+    batch = x[torch.arange(size) % len(x)]
+
+    def forward() -> None:
+        with torch.no_grad():
+            net(batch)
+
+    def gradient() -> None:
+        point = batch.clone().requires_grad_()
+        torch.autograd.grad(net(point).sum(), point)
+
+    rates = []
+    for run in (forward, gradient):
+        run()
+        count, begun = 0, time.perf_counter()
+        while time.perf_counter() - begun < seconds:
+            run()
+            count += size
+        rates.append(count / (time.perf_counter() - begun))
+    return rates[0], rates[1]
+
+
+def shares(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> list[str]:
+    """Where the engine's time goes: by part, and over the bare loops of the same folded network."""
+    device = next(model.parameters()).device
+    x, y = x.to(device), y.to(device)
+    fast = Counted(searchable(model, x[:8])).eval()
+    forward, gradient = bare_rates(fast.net, x)
+    alive = score_clean(model, x, y).nonzero().squeeze(1).to(device)
+    rows = []
+    for part in AutoAttack(threat=threat).parts():
+        fast.forward_only = fast.with_gradient = 0
+        begun = time.perf_counter()
+        found = part.perturb(fast, x[alive], y[alive], seed=0)
+        spent = time.perf_counter() - begun
+        bare = fast.forward_only / forward + fast.with_gradient / gradient
+        name = f"{type(part).__name__} {getattr(part, 'loss', '')}".strip()
+        rows.append((name, len(alive), fast.forward_only, fast.with_gradient, spent, bare))
+        with torch.no_grad():
+            alive = alive[model(found).argmax(1) == y[alive]]
+    whole, bare = sum(row[4] for row in rows), sum(row[5] for row in rows)
+    return [
+        f"  bare loops: {forward:.0f} forward, {gradient:.0f} gradient images a second",
+        *(
+            f"  {name:<18}{100 * spent / whole:5.1f}%  {count} images, {asked} forward, {pulled} gradients, "
+            f"{clock(spent)}, bare {clock(alone)}"
+            for name, count, asked, pulled, spent, alone in rows
+        ),
+        f"  overhead over the bare loops: {100 * (whole / bare - 1):.1f}%",
+    ]
+
+
+def together(parts: list[Measured]) -> Measured:
+    """Everything as one."""
+    return Measured(
+        {name: torch.cat([part.robust[name] for part in parts]) for name in ENGINES},
+        {name: sum(part.seconds[name] for part in parts) for name in ENGINES},
+        {name: max(part.memory[name] for part in parts) for name in ENGINES},
+    )
 
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("--weights", type=Path, required=True)
+    words.add_argument("--weights", type=Path, nargs="+", required=True)
     words.add_argument("--arch", required=True)
     words.add_argument("--normalisation")
     words.add_argument("--protocol", required=True)
     words.add_argument("--images", type=int, default=200)
     words.add_argument("--slice", type=int, default=100, help="images an engine gets at a turn")
     words.add_argument("--batch", type=int, help="pyautoattack's; the whole slice unless told")
-    words.add_argument("--eps", type=Fraction, help="instead of the protocol's")
+    words.add_argument("--eps", type=Fraction, nargs="+", help="instead of the protocol's")
+    words.add_argument(
+        "--shares", action="store_true", help="also say where the engine's time goes"
+    )
     words.add_argument("--data-dir", type=Path)
     words.add_argument("--cache-dir", type=Path)
     args = words.parse_args()
-    protocol, progress = load_protocol(args.protocol), Progress()
+    protocol = load_protocol(args.protocol)
     info = dataset_info(protocol.dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = from_file(
-        args.weights, args.arch, channels=info.channels, classes=info.num_classes,
-        resolution=protocol.resolution, normalisation=args.normalisation, name="model",
-    ).model.to(device)  # fmt: skip
     test = load_split(
         protocol.dataset, "val", resolution=protocol.resolution, data_dir=args.data_dir,
-        cache_dir=args.cache_dir, progress=progress,
+        cache_dir=args.cache_dir, progress=Progress(),
     )  # fmt: skip
     order = protocol.test_indices(test.ids)[: args.images]
     x, y = test.batch(order), test.labels[order]
-    threat = protocol.threat.model
-    if args.eps:
-        threat = replace(threat, eps=args.eps)
-    clean = score_clean(model, x, y)
-    right = clean.nonzero().squeeze(1)
-    fast = searchable(model, x[:8].to(device))
-    size = args.batch or args.slice
-
-    def reference(index: torch.Tensor) -> torch.Tensor:
-        attack = AutoAttack(threat=threat, engine="reference")
-        parts = [run_batch(attack, model, x, y, part, seed=0) for part in torch.split(index, size)]
-        return torch.cat([part.broken for part in parts])
-
-    def ours(index: torch.Tensor) -> torch.Tensor:
-        return run_batch(
-            AutoAttack(threat=threat), model, x, y, index, seed=0, searched=fast
-        ).broken
-
-    engines = {"pyautoattack": reference, "guardbench": ours}
-    seconds, memory = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0)
-    robust = {name: torch.zeros(len(x), dtype=torch.bool) for name in engines}
-    slices = torch.split(right, args.slice)
-    with progress.stage("slices", 2 * len(slices), "turns") as bar:
-        for number, index in enumerate(slices):
-            turn = list(engines) if number % 2 == 0 else list(engines)[::-1]
-            for name in turn:
-                meter, begun = MemoryMeter(device), time.perf_counter()
-                robust[name][index] = ~engines[name](index)
-                seconds[name] += time.perf_counter() - begun
-                memory[name] = max(memory[name], meter.peak())
-                bar.advance(1)
+    norm = protocol.threat.norm
     print(
-        f"{args.weights.name}, {args.arch}, {len(x)} images of {protocol.id}, {threat}, "
-        f"{100 * clean.float().mean():.1f}% clean; {device_name(device)}, "
+        f"{args.arch}, {len(x)} images of {protocol.id}; {device_name(device)}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    for name in engines:
-        print(
-            f"{name:<13} {100 * robust[name].float().mean():5.1f}% robust  "
-            f"{clock(seconds[name]):>14}  {memory[name] / 1e9:.2f} GB"
-        )
-    theirs, own = robust.values()
-    higher, lower = int((own & ~theirs).sum()), int((theirs & ~own).sum())
-    print(
-        f"differing images: {higher} robust to guardbench's alone, {lower} to pyautoattack's alone; "
-        f"sign test p = {sign_test(higher, lower):.3f}"
-    )
-    print(
-        f"seconds, guardbench / pyautoattack: {seconds['guardbench'] / seconds['pyautoattack']:.2f}"
-    )
+    parts = []
+    for weights in args.weights:
+        model = from_file(
+            weights, args.arch, channels=info.channels, classes=info.num_classes,
+            resolution=protocol.resolution, normalisation=args.normalisation, name="model",
+        ).model.to(device)  # fmt: skip
+        clean = 100 * score_clean(model, x, y).float().mean()
+        for eps in args.eps or [protocol.threat.model.eps]:
+            size = {"slice_size": args.slice, "batch": args.batch or args.slice}
+            parts.append(measure(model, x, y, ThreatModel(norm, eps), **size))
+            print(f"{weights.stem}, {norm} {eps}, {clean:.1f}% clean", *parts[-1].lines(), sep="\n")
+            if args.shares:
+                print(*shares(model, x, y, ThreatModel(norm, eps)), sep="\n")
+    if len(parts) > 1:
+        whole = together(parts)
+        print(f"all, {len(whole.robust[ENGINES[0]])} verdicts", *whole.lines(), sep="\n")
 
 
 def sign_test(higher: int, lower: int) -> float:

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from guardbench.canonical import digest
 from guardbench.checks import flags
+from guardbench.classifiers import Source, open_classifier
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
-from guardbench.errors import GuardbenchError, brief
+from guardbench.errors import GuardbenchError
 from guardbench.evaluation import measured_test
-from guardbench.imported import Imported, from_file, from_python
+from guardbench.imported import Imported
 from guardbench.pipeline import choose_protocol
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol
@@ -36,11 +37,7 @@ class Request:
     """What a user asks for; the fields are the options of `guardbench evaluate`."""
 
     protocol: str
-    weights: Path | None
-    arch: str | None
-    python: str | None
-    normalisation: str | None
-    name: str | None
+    source: Source
     seed: int
     engine: Engine
     device: str
@@ -72,60 +69,19 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     Raises:
         GuardbenchError: unknown names, missing data, weights that do not fit, an unwritable output.
     """
-    if (request.weights is None) == (request.python is None):
-        raise GuardbenchError("say which classifier: --weights FILE with --arch NAME, or --python.")
-    if request.python is not None and (request.arch or request.normalisation):
-        raise GuardbenchError(
-            "--python: the function's model has its own --arch and --normalisation."
-        )
+    request.source.require_one()
     protocol = choose_protocol(None, request.protocol)
-    info = dataset_info(protocol.dataset)
     locate(protocol.dataset, request.data_dir, cache_dir=request.cache_dir)
     accelerator = make_accelerator(request.device, "fp32", protocol.resolution)
     check_writable(request.output)
     run = Run(
         accelerator=accelerator, workspace=request.output, seed=request.seed, progress=progress
     )
-    if request.weights is not None:
-        if request.arch is None:
-            raise GuardbenchError(f"--weights {request.weights}: say its --arch, such as resnet18.")
-        imported = from_file(
-            request.weights,
-            request.arch,
-            channels=info.channels,
-            classes=info.num_classes,
-            resolution=protocol.resolution,
-            normalisation=request.normalisation,
-            name=_name(request.name or request.weights.stem),
-        )
-    else:
-        assert request.python is not None
-        imported = from_python(request.python, name=_name(request.name or request.python))
     engines_used(protocol, request.engine)  # refuses an attack that cannot be built
-    imported.model.to(run.device)
-    grey = torch.full((2, info.channels, protocol.resolution, protocol.resolution), 0.5)
-    _probe(imported, grey, run)
+    imported = open_classifier(request.source, protocol, run.device, request.cache_dir)
     prepared = Prepared(request, protocol, run, imported)
     _refuse_another(prepared)
     return prepared
-
-
-def _probe(imported: Imported, images: Tensor, run: Run) -> None:
-    """A first answer, so that a model that cannot take these images is told in one line."""
-    try:
-        with torch.no_grad():
-            answers = imported.model(images.to(run.device))
-        shape = list(answers.shape)
-    # Broad on purpose: this is a stranger's model, and any error of it is theirs to hear of.
-    except Exception as error:
-        raise GuardbenchError(
-            f"{imported.described.arch}: cannot answer images {list(images.shape)} of this protocol: "
-            f"{type(error).__name__}: {brief(error)}."
-        ) from error
-    if len(shape) != 2 or shape[0] != len(images):
-        raise GuardbenchError(
-            f"{imported.described.arch}: must answer logits [{len(images)}, K], not {shape}."
-        )
 
 
 def _refuse_another(prepared: Prepared) -> None:
@@ -160,7 +116,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             per_class=1,
         )
         order = protocol.test_indices(test.ids)
-        x, y = test.batch(order), test.labels[order]
+        x, y = test.select(order), test.labels[order]
         model = prepared.imported.model
         plan = plan_scoring(
             run,
@@ -230,9 +186,3 @@ def _near_chance(seed: SeedRun, classes: int) -> tuple[str, ...]:
         f"clean accuracy {100 * share:.1f}% is near chance: the normalisation or the order of the "
         "classes may be wrong",
     )
-
-
-def _name(text: str) -> str:
-    """`text` as a record's name: lower case, other letters as dashes."""
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in text.lower())
-    return kept.lstrip("._+-")[:64] or "classifier"

@@ -32,9 +32,9 @@ UNSTEADY = ("random-answers", "batch-dependence")
 CHANCE = 0.01
 """How rarely chance alone may raise a flag where two kinds of attack are compared."""
 RESTARTS = 10
-SINGLE_STEP, BLACK_BOX = ("fgsm",), ("square",)
-MULTI_STEP = ("pgd", "mim", "apgd")
-WHITE_BOX = (*SINGLE_STEP, *MULTI_STEP, "fab")
+SINGLE_STEP, BLACK_BOX = ("fgsm",), ("square", "spsa", "transfer")
+MULTI_STEP = ("pgd", "mim", "apgd", "vmifgsm", "jitter")
+WHITE_BOX = (*SINGLE_STEP, *MULTI_STEP, "fab", "deepfool")
 MEANING: dict[str, str] = {
     "random-answers": "two answers to the same images differ",
     "batch-dependence": "answers depend on the images beside them",
@@ -42,7 +42,7 @@ MEANING: dict[str, str] = {
     "zero-gradients": "no gradient of the loss reaches the image",
     "unbounded": "images survive an attack without a bound (eps 1)",
     "restarts": "nine more random starts of PGD break images that one does not",
-    "black-box": "Square, which sees no gradients, beats the white-box attacks",
+    "black-box": "attacks that see none of its gradients (Square, SPSA, transfer) beat white-box ones",
     "single-step": "FGSM beats attacks of many steps",
 }
 """What each check looks for; a flag says so."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from guardbench import canonical
 from guardbench.data.catalog import CATALOG, class_names
 from guardbench.errors import GuardbenchError, brief
+from guardbench.figures import new_figure, save_png
 from guardbench.models import Classifier, build_model, load_weights, save_weights
 from guardbench.protocol import first_problem
 from guardbench.records import LabelKind, Name, Strict
@@ -194,16 +194,11 @@ def save_preview(
     path: Path, images: Tensor, hard: Tensor, classes: tuple[str, ...], most: int = 10
 ) -> None:
     """Draws a PNG grid: one row a class (at most 20), at most `most` images a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     columns = min(most, int((hard == 0).sum()))
     rows = min(len(classes), 20)
     margin = 0.2 + 0.085 * max(len(name) for name in classes[:rows])  # inches for the names
     width = columns + margin
-    figure = Figure(figsize=(width, rows), dpi=max(64, min(224, images.shape[-1])))
+    figure = new_figure(figsize=(width, rows), dpi=max(64, min(224, images.shape[-1])))
     grid = figure.subplots(
         rows, columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03}
     )
@@ -226,6 +221,4 @@ def save_preview(
                 spine.set_visible(False)
             if column == 0:
                 axes.set_ylabel(classes[row], rotation=0, ha="right", va="center", fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+    save_png(path, figure)

@@ -98,7 +98,7 @@ def evaluate(
         GuardbenchError: the test images are not the protocol's, or an attack broke its own rules.
     """
     order = protocol.test_indices(test.ids)
-    x, y = test.batch(order), test.labels[order]
+    x, y = test.select(order), test.labels[order]
     costs = Costs()
     if plan.labels is not None:
         with costs.of(plan.labels):

@@ -105,7 +105,7 @@ def from_file(
         steps += taken
         _fit(model.backbone, state, weights, arch)
         said = f"{source}: {_numbers(model.mean)}/{_numbers(model.std)}"
-    return _describe(
+    return describe(
         model, name=name, arch=arch, sha=sha, weights=", ".join(steps) or "as they are", said=said
     )
 
@@ -140,16 +140,17 @@ def from_python(spec: str, *, name: str) -> Imported:
             f"--python {spec}: gave {type(made).__name__}, which is no torch.nn.Module; a plain function "
             "could hide a network that is in training mode."
         )
-    found = _describe(
+    found = describe(
         made, name=name, arch=spec, sha=None, weights="made by the function", said="the model's own"
     )
     file = getattr(sys.modules[module_name], "__file__", None)
     return replace(found, source=canonical.file_digest(Path(file)) if file else None)
 
 
-def _describe(
+def describe(
     model: nn.Module, *, name: str, arch: str, sha: str | None, weights: str, said: str
 ) -> Imported:
+    """A model made ready to be attacked, with its description."""
     model = model.float().eval().requires_grad_(False)
     described = Described(
         name=name,

@@ -12,7 +12,7 @@ from fractions import Fraction
 from statistics import NormalDist, fmean, stdev
 from typing import Literal
 
-from guardbench.records import Outcome, SeedRun, Strict
+from guardbench.records import AnyRecord, Outcome, SeedRun, Strict
 
 CONFIDENCE = 0.95
 
@@ -292,12 +292,70 @@ def attack_efficiency(clean_seconds: float, attack_seconds: Sequence[float]) -> 
         attack_seconds: time of each attack on the same images, at least one.
     """
     extra = max(attack_seconds) - clean_seconds
-    return 100 * (fmean(attack_seconds) - clean_seconds) / extra if extra else 0.0
+    return 100 * (fmean(attack_seconds) - clean_seconds) / extra if extra > 0 else 0.0
 
 
 def crei(ratio: float, efficiency: float, alpha: float = 0.5) -> float:
     """BEARD's CREI in percent: `alpha * RR + (1 - alpha) * AE` (arXiv:2411.09265)."""
     return alpha * ratio + (1 - alpha) * efficiency
+
+
+@dataclass(frozen=True)
+class Beard:
+    """BEARD's three numbers of one record, in percent.
+
+    Attributes:
+        ratio, efficiency, crei: see `robustness_ratio`, `attack_efficiency`, `crei`.
+        attacks: over which they were taken.
+    """
+
+    ratio: float
+    efficiency: float
+    crei: float
+    attacks: tuple[str, ...]
+
+
+def beard(record: AnyRecord) -> Beard | None:
+    """BEARD's numbers over a record's bounded attacks, at least two; None where they cannot be had.
+
+    Accuracies are means over seeds, on the images that all of the attacks measured. An attack's time is
+    its stages' seconds by image, since attacks may see different numbers of images. AutoAttack's has
+    Square's added where it took over that column's verdicts (`scoring.shared_square`).
+    """
+    seconds = {stage.stage: stage.seconds for stage in record.cost}
+    seeds = record.seeds
+    names = tuple(name for name in record.attack_names if seeds[0].attacks[name].bounded)
+    stages = {f"{name} {run.seed}" for name in ("clean", *names) for run in seeds}
+    if len(names) < 2 or not stages <= seconds.keys():
+        return None
+    shares: dict[str, list[float]] = {name: [] for name in ("clean", *names)}
+    for run in seeds:
+        outcomes = {"clean": run.clean, **{name: run.attacks[name] for name in names}}
+        first = max(outcome.first for outcome in outcomes.values())
+        end = min(outcome.end for outcome in outcomes.values())
+        if end <= first:
+            return None
+        for name, outcome in outcomes.items():
+            flags = outcome.flags()[first - outcome.first : end - outcome.first]
+            shares[name].append(100 * sum(flags) / len(flags))
+
+    def time(name: str) -> float:
+        found = [run.clean if name == "clean" else run.attacks[name] for run in seeds]
+        spent = sum(seconds[f"{name} {run.seed}"] for run in seeds)
+        return spent / sum(outcome.total for outcome in found)
+
+    times = {name: time(name) for name in names}
+    engines = record.provenance.engines
+    if {"autoattack", "square"} <= times.keys() and all(
+        engines.get(name) == "guardbench" for name in ("autoattack", "square")
+    ):
+        pairs = [(run.attacks["autoattack"], run.attacks["square"]) for run in seeds]
+        if all((a.first, a.total) == (s.first, s.total) for a, s in pairs):
+            times["autoattack"] += times["square"]
+    means = {name: fmean(values) for name, values in shares.items()}
+    ratio = robustness_ratio(means["clean"], [means[name] for name in names])
+    efficiency = attack_efficiency(time("clean"), list(times.values()))
+    return Beard(ratio, efficiency, crei(ratio, efficiency), names)
 
 
 def hard_label_recovery(real_hard: float, distilled_hard: float) -> float:

@@ -38,14 +38,21 @@ class Stage:
     def __init__(self, name: str, total: int, unit: str, done: int) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self.message = ""
+        self._within = 0.0
         self._resumed_at = done
         self._started = self._printed = time.monotonic()
 
     def advance(self, count: int = 1, message: str | None = None) -> None:
         """Marks `count` more units as done; `message` (such as `loss 0.31`) stands behind the bar."""
         self.done += count
+        self._within = 0.0
         if message is not None:
             self.message = message
+        self._show()
+
+    def within(self, units: float, message: str) -> None:
+        """Shows the share of the units to come that is done, until the next `advance`."""
+        self._within, self.message = units, message
         self._show()
 
     @property
@@ -54,8 +61,9 @@ class Stage:
         return time.monotonic() - self._started
 
     def _line(self) -> str:
-        rate = (self.done - self._resumed_at) / max(self.seconds, 1e-9)
-        left = f", {clock((self.total - self.done) / rate)} left" if rate else ""
+        done = self.done + self._within
+        rate = (done - self._resumed_at) / max(self.seconds, 1e-9)
+        left = f", {clock((self.total - done) / rate)} left" if rate else ""
         tail = f"  {self.message}" if self.message else ""
         return f"{self.name}: {self.done}/{self.total} {self.unit}{left}{tail}"
 
@@ -81,7 +89,7 @@ class _BarStage(Stage):
         self._task = bar.add_task(name, total=total, completed=done, unit=unit, message="")
 
     def _show(self) -> None:
-        self._bar.update(self._task, completed=self.done, message=self.message)
+        self._bar.update(self._task, completed=self.done + self._within, message=self.message)
 
 
 class Progress:

@@ -124,6 +124,12 @@ class AttackSpec(Strict):
     images_per_seed: int | None = Field(default=None, gt=0)
     params: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
+    @property
+    def is_standard(self) -> bool:
+        """Whether it is AutoAttack standard, whole."""
+        version, square = self.params.get("version", "standard"), self.params.get("square", True)
+        return self.kind == "autoattack" and version == "standard" and square is True
+
 
 class Protocol(Strict):
     """A protocol file."""
@@ -163,6 +169,9 @@ class Protocol(Strict):
     def digest(self) -> str:
         """SHA-256 of what is measured; the title and what supersedes it do not count."""
         words = self.model_dump(mode="json", exclude={"title", "source", "superseded_by"})
+        for attack in words["attacks"]:
+            if "sha256" in attack["params"]:  # which says what the file holds, wherever it lies
+                attack["params"].pop("weights", None)
         return canonical.digest(words)
 
     def check_ipc(self, ipc: int) -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from guardbench.leaderboard import stale_boards
-from guardbench.metrics import Estimate, estimate, worst_case
+from guardbench.metrics import Estimate, beard, estimate, worst_case
 from guardbench.progress import clock
 from guardbench.records import AnyRecord, ClassifierRecord, StageCost, printable
 
@@ -153,6 +153,11 @@ def _footnotes(record: AnyRecord) -> list[str]:
         lines.append(
             "Worst case: an image counts when it survives all of "
             f"{', '.join(worst.attacks)}; on {worst.estimate.images} images."
+        )
+    if (found_by := beard(record)) is not None:
+        lines.append(
+            f"BEARD (arXiv:2411.09265), over {', '.join(found_by.attacks)}: RR {found_by.ratio:.1f}%, "
+            f"AE {found_by.efficiency:.1f}% of their own times, CREI {found_by.crei:.1f}%."
         )
     if len(record.seeds) > 1:
         lines.append(

@@ -10,31 +10,39 @@ import importlib.metadata
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.base import LOGIT_NOISE, Attack, plan_batches, run_batch, score_clean
+from guardbench.attacks.base import (
+    LOGIT_NOISE,
+    Attack,
+    Images,
+    plan_batches,
+    run_batch,
+    score_clean,
+)
 from guardbench.attacks.build import build_attack
-from guardbench.attacks.stream import rows_at_once
+from guardbench.attacks.stream import Tell, rows_at_once, telling
 from guardbench.canonical import derive_seed
 from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, UNSTEADY, inspect, judge
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
 from guardbench.models import folded
+from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
 from guardbench.runtime import Run, stage_cost
 
 logger = logging.getLogger(__name__)
 
-ENGINE_VERSION = 1
-"""Part of the key of what the engine finds: raised when its verdicts may change."""
+ENGINE_VERSION = 2
+"""Part of the key of what attacks find: raised when their verdicts may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""
-STREAMED = ("autoattack", "square", "apgd", "fab")
+STREAMED = ("autoattack", "square", "apgd", "fab", "deepfool", "spsa")
 """The kinds that `attacks.stream` runs, unless pyautoattack does."""
 
 
@@ -108,15 +116,14 @@ def plan_scoring(
             "images": count,
             "seed": seed,
         }
-        if spec.kind in STREAMED:
-            theirs = _run_by(attack) == "reference"
-            version = importlib.metadata.version("pyautoattack") if theirs else ENGINE_VERSION
-            words["engine"] = f"{'pyautoattack' if theirs else 'guardbench'} {version}"
+        theirs = _run_by(attack) == "reference"
+        version = importlib.metadata.version("pyautoattack") if theirs else ENGINE_VERSION
+        words["engine"] = f"{'pyautoattack' if theirs else 'guardbench'} {version}"
         before = _taken_over(protocol, spec, engine)
         if before is not None:
             words["after"] = before.model_dump(mode="json")
         folder = run.stage(f"{spec.name} {seed}", "attacks", words)
-        attacks.append(PlannedStage(folder, f"{count} images", count * _passes(spec), fp32=True))
+        attacks.append(PlannedStage(folder, f"{count} images", count * _passes(attack), fp32=True))
     return ScoringPlan(seed, position, engine, clean, checks, tuple(attacks))
 
 
@@ -144,22 +151,27 @@ def engines_used(protocol: Protocol, engine: Engine) -> dict[str, Engine]:
     return {name: by for name, by in ran.items() if by is not None}
 
 
-def _passes(spec: AttackSpec) -> float:
+def _passes(attack: Attack) -> float:
     """Rough forward+backward passes a test image, for the expected time alone.
 
     A pass without gradients in the weights is about two thirds of one with them, a forward one
     third; about half of the images leave early because they are wrong or broken.
     """
-    steps = spec.params.get(
-        "steps",
-        {"pgd": 100, "mim": 20, "cw": 50, "fgsm": 1, "apgd": 100, "fab": 900}.get(spec.kind, 0),
-    )
-    full = {
-        "square": float(spec.params.get("queries", 5000)) / 3,
-        # APGD-CE 100, APGD-T 9 x 100, FAB-T 9 x 100 passes and Square's 5,000 forwards.
-        "autoattack": 1900 * 2 / 3 + 5000 / 3,
-    }.get(spec.kind, float(steps) * 2 / 3)
-    return full / 2
+    has: dict[str, Any] = {field.name: getattr(attack, field.name) for field in fields(attack)}  # type: ignore[arg-type]
+    if "weights" in has:  # a surrogate's neighbours, by their default
+        has["neighbours"] = 20
+    searches = has.get("targets", 1) if has.get("loss", "dlr-targeted") == "dlr-targeted" else 1
+    steps = has.get("steps", 1) * searches * has.get("restarts", 1)
+    if "queries" in has:
+        forward, backward = has["queries"], 0
+    elif "samples" in has:
+        forward, backward = 2 * has["samples"] * steps, 0
+    elif "version" in has:  # APGD-CE 100, APGD-T 9 x 100, FAB-T 9 x 100 passes; Square's 5,000
+        forward, backward = 1900 + 5000, 1900
+    else:
+        passes = steps * (has.get("neighbours", 0) + 1)
+        forward, backward = passes, passes
+    return float(forward + backward) / 3 / 2
 
 
 class Costs:
@@ -183,7 +195,7 @@ def score(
     protocol: Protocol,
     plan: ScoringPlan,
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     costs: Costs,
 ) -> SeedRun:
@@ -249,8 +261,7 @@ def shared_square(protocol: Protocol, spec: AttackSpec) -> AttackSpec | None:
     images, its verdicts are taken over and only its survivors meet the other three. AutoAttack's
     seconds are then those of the three.
     """
-    whole = spec.params.get("version", "standard") == "standard" and spec.params.get("square", True)
-    if spec.kind != "autoattack" or not whole:
+    if not spec.is_standard:
         return None
     for other in protocol.attacks[: protocol.attacks.index(spec)]:
         same_images = other.images_per_seed == spec.images_per_seed
@@ -272,7 +283,7 @@ def attack_batch(resolution: int) -> int:
     return 256 if resolution <= 64 else 64
 
 
-def _score(run: Run, model: nn.Module, x: Tensor, y: Tensor, stage: PlannedStage) -> Outcome:
+def _score(run: Run, model: nn.Module, x: Images, y: Tensor, stage: PlannedStage) -> Outcome:
     folder = stage.folder
     stored = folder.finished()
     if stored is None:
@@ -290,7 +301,7 @@ def _inspect(
     protocol: Protocol,
     plan: ScoringPlan,
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     clean: Outcome,
 ) -> dict[str, Check]:
@@ -316,6 +327,13 @@ def _inspect(
     return {name: Check.model_validate(words) for name, words in stored["checks"].items()}
 
 
+def _shown(bar: Stage, count: int, sure: int) -> Tell:
+    """Shows how far an attack is on `count` images, after `sure` that are robust."""
+    return lambda share, alive: bar.within(
+        share * count, f"{sure} robust, {alive} of {count} not yet broken"
+    )
+
+
 def _attack(
     run: Run,
     protocol: Protocol,
@@ -324,7 +342,7 @@ def _attack(
     stage: PlannedStage,
     model: nn.Module,
     fast: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     before: Outcome,
     *,
@@ -338,7 +356,6 @@ def _attack(
         return Outcome.model_validate(stored["outcome"])
     attack = _built(protocol, spec, plan.engine, **({"square": False} if without_square else {}))
     first, count = protocol.slice_of(spec, plan.position)
-    x, y = x[first : first + count], y[first : first + count]
     right = torch.tensor(before.flags()[first - before.first :][:count])
     robust, distance = right.clone(), torch.zeros(count, dtype=torch.float64)
     batches = plan_batches(right, images_at_a_time(attack, spec.kind, x[:1].to(run.device)))
@@ -351,14 +368,16 @@ def _attack(
     decided = int((~right).sum()) + sum(len(b) for b in batches[:begun])
     with run.progress.stage(folder.name, count, "images", decided) as bar:
         for number, index in enumerate(batches[begun:], start=begun + 1):
-            outcome = run_batch(
-                attack, model, x, y, index, seed=named,
-                searched=None if untouched else fast, steady=steady,
-            )  # fmt: skip
+            rest = sum(len(b) for b in batches[number:])
+            sure = int(robust.sum()) - rest - len(index)
+            with telling(_shown(bar, len(index), sure)):
+                outcome = run_batch(
+                    attack, model, x, y, index + first, seed=named,
+                    searched=None if untouched else fast, steady=steady,
+                )  # fmt: skip
             robust[index], distance[index] = ~outcome.broken, outcome.distance
-            left = sum(len(b) for b in batches[number:])
-            bar.advance(len(index), f"{int(robust.sum()) - left} robust so far")
-            if folder.due() and left:
+            bar.advance(len(index), f"{int(robust.sum()) - rest} robust so far")
+            if folder.due() and rest:
                 folder.checkpoint({"batches": number, "robust": robust, "distance": distance})
         bar.advance(0, f"{100 * robust.float().mean():.1f}% robust")
     result = Outcome.from_flags(

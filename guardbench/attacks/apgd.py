@@ -1,4 +1,4 @@
-"""APGD: projected gradient ascent that sets its own step, on cross-entropy or the targeted DLR loss."""
+"""APGD: projected gradient ascent that sets its own step, on cross-entropy or a DLR loss."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.ball import per_image, project, random_start, require_norm, steepest
+from guardbench.attacks.ball import per_image, project, random_start, steepest
+from guardbench.attacks.base import margin_of
+from guardbench.attacks.reference import reference_part
 from guardbench.attacks.stream import Rows, gradient_of, stream
-from guardbench.attacks.targets import ranked_targets
+from guardbench.attacks.targets import ranked_targets, require_classes
 from guardbench.errors import GuardbenchError
+from guardbench.records import Engine
 from guardbench.threat import ThreatModel
 
 RHO, MOMENTUM = 0.75, 0.75
@@ -29,31 +32,43 @@ class APGD:
     when neither step nor best loss have changed (section 3.1, conditions 1 and 2).
 
     Attributes:
-        threat: the ball; l-inf or l2.
-        loss: `ce`, or `dlr-targeted` (section 4.2, equation 7), one search a target.
+        threat: the ball; l-inf or l2, or l1 through the reference engine.
+        loss: `ce`, `dlr` (section 4.1, equation 6), or `dlr-targeted` (section 4.2, equation 7), one
+            search a target.
         steps: iterations a search.
         targets: the most likely wrong classes, each its own search (`dlr-targeted` alone).
     """
 
     threat: ThreatModel
-    loss: Literal["ce", "dlr-targeted"] = "ce"
+    loss: Literal["ce", "dlr", "dlr-targeted"] = "ce"
     steps: int = 100
     targets: int = 9
 
     def __post_init__(self) -> None:
-        require_norm("APGD", self.threat, ("linf", "l2"))
         if min(self.steps, self.targets) < 1:
             raise GuardbenchError(f"steps and targets must be positive: {self}")
+
+    @property
+    def run_by(self) -> Engine:
+        """Whose loops run: this package has l-inf and l2."""
+        return "reference" if self.threat.norm == "l1" else "guardbench"
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
 
         Raises:
-            GuardbenchError: the targeted DLR loss on a model of fewer than 4 classes, or a model
-            that lets no gradient through.
+            GuardbenchError: a DLR loss on a model of too few classes (4 targeted, else 3), or a model
+                that lets no gradient through.
         """
         if not len(x):
             return x.clone()
+        with torch.no_grad():
+            require_classes(model(x[:1]), {"ce": 2, "dlr": 3, "dlr-targeted": 4}[self.loss])
+        if self.run_by == "reference":
+            part = {"ce": "apgd-ce", "dlr": "apgd-dlr", "dlr-targeted": "apgd-t"}[self.loss]
+            return reference_part(
+                part, model, x, y, self.threat, seed, steps=self.steps, targets=self.targets
+            )
         ranked = None
         if self.loss == "dlr-targeted":
             ranked = ranked_targets(model, x, y, self.targets, least=4)
@@ -68,6 +83,10 @@ class _Search:
     def __init__(self, attack: APGD, targets: Tensor | None, seed: int) -> None:
         self.attack, self.targets, self.seed = attack, targets, seed
         self.windows = _windows(attack.steps)
+
+    @property
+    def longest(self) -> int:
+        return self.attack.steps + 1
 
     def begin(self, x: Tensor, y: Tensor, image: Tensor, job: Tensor) -> Rows:
         starts = x.clone()
@@ -113,8 +132,11 @@ class _Search:
         return hit, over
 
     def _loss(self, logits: Tensor, rows: Rows) -> Tensor:
-        if self.targets is None:
+        if self.attack.loss == "ce":
             return F.cross_entropy(logits, rows["y"], reduction="none")
+        if self.attack.loss == "dlr":
+            top = logits.topk(3, 1).values
+            return -margin_of(logits, rows["y"]) / (top[:, 0] - top[:, 2] + 1e-12)
         own = logits.gather(1, rows["y"][:, None]).squeeze(1)
         wanted = logits.gather(1, rows["target"][:, None]).squeeze(1)
         top = logits.topk(4, 1).values

@@ -13,10 +13,14 @@ from guardbench.attacks.base import Attack
 from guardbench.attacks.fab import FAB
 from guardbench.attacks.reference import MIN_CLASSES, reference_autoattack
 from guardbench.attacks.square import Square
+from guardbench.attacks.stream import Fitting, rows_at_once, within
 from guardbench.attacks.targets import require_classes
 from guardbench.errors import GuardbenchError
 from guardbench.records import Engine
 from guardbench.threat import ThreatModel
+
+PASSES = (300, 2700, 2700, 5000)
+"""Forward passes that the parts of `standard` take for an image that survives, a backward pass as two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +74,16 @@ class AutoAttack:
         with torch.no_grad():  # before any work, even where the first part would break all
             require_classes(model(x[:1]))
         adv, live = x.clone(), torch.arange(len(x), device=x.device)
-        for part in self.parts():
-            found = part.perturb(model, x[live], y[live], seed=seed)
+        done = 0
+        parts = self.parts()
+        for part, passes in zip(parts, PASSES, strict=False):
+            whole = sum(PASSES[: len(parts)])
+            with within(done / whole, (done + passes) / whole):
+                found = part.perturb(model, x[live], y[live], seed=seed)
+            done += passes
             with torch.no_grad():
-                broken = (
-                    torch.cat([model(some).argmax(1) for some in torch.split(found, 256)])
-                    != y[live]
-                )
+                (logits,) = Fitting(rows_at_once(found))(lambda some: (model(some),), found)
+            broken = logits.argmax(1) != y[live]
             adv[live[broken]] = found[broken]
             live = live[~broken]
             if not len(live):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ def project(adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
     return (x + delta * per_image(shrink, x)).clamp_(0, 1)
 
 
+def pixel_radius(threat: ThreatModel, pixels: int) -> float:
+    """How far every one of an image's `pixels` values may move where all move alike (l-inf or l2)."""
+    return float(threat.eps) / (pixels**0.5 if threat.norm == "l2" else 1)
+
+
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """The step of length 1 along which a linear function grows most: sign (l-inf) or g / |g| (l2).
 
@@ -89,6 +94,31 @@ def content_generator(image: Tensor, seed: int, *names: str | int) -> torch.Gene
     """
     key = hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
     return torch.Generator().manual_seed(derive_seed(seed, *names, key))
+
+
+def content_noise(
+    x: Tensor,
+    seed: int,
+    *names: str | int,
+    shape: Sequence[int] | None = None,
+    normal: bool = False,
+) -> Tensor:
+    """Random numbers for every image by `content_generator`, [N, *shape], on the device of `x`.
+
+    Args:
+        x: clean images [N, C, H, W].
+        shape: of one image's numbers; that of the image unless told.
+        normal: standard normal in place of uniform in -1 to 1.
+    """
+    wanted = x.shape[1:] if shape is None else shape
+    drawn = []
+    for image in x:
+        generator = content_generator(image, seed, *names)
+        one = torch.empty(*wanted)
+        drawn.append(
+            one.normal_(generator=generator) if normal else one.uniform_(-1, 1, generator=generator)
+        )
+    return torch.stack(drawn).to(x)
 
 
 def _noise(image: Tensor, threat: ThreatModel, seed: int, restart: int) -> Tensor:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.ball import FLOAT32_ULP, length, tolerance
+from guardbench.attacks.stream import Fitting, rows_at_once, telling
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
 LOGIT_NOISE = 1e-4
 """Two scorings of one image may disagree only if its margin is below this share of its logits."""
+
+
+class Images(Protocol):
+    """Images [N, C, H, W], float32 in [0, 1]: a tensor, or what decodes them when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """N, C, H, W."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Tensor:
+        """The images at a slice or at int64 indices."""
 
 
 class Attack(Protocol):
@@ -102,7 +116,7 @@ def require_eval(model: nn.Module) -> None:
             raise GuardbenchError(f"{part} is in train mode; call model.eval() before an attack")
 
 
-def score_clean(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> Tensor:
+def score_clean(model: nn.Module, x: Images, y: Tensor, *, batch_size: int = 256) -> Tensor:
     """Which clean images the model gets right: bool [N], on the CPU.
 
     Args:
@@ -115,8 +129,8 @@ def score_clean(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256
         GuardbenchError: images outside [0, 1] or of another type, labels that do not fit, a
             model in train mode or one that answers NaN.
     """
-    if x.ndim != 4 or x.dtype != torch.float32:
-        kind = f"{x.dtype} {list(x.shape)}"
+    if len(x.shape) != 4 or x[:1].dtype != torch.float32:
+        kind = f"{x[:1].dtype} {list(x.shape)}"
         raise GuardbenchError(f"images must be float32 [N, C, H, W] in [0, 1], not {kind}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         kind = f"{y.dtype} {list(y.shape)}"
@@ -129,7 +143,7 @@ def score_clean(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256
         rows = slice(first, first + batch_size)
         images, labels = _on_device_of(model, x[rows], y[rows])
         _require_unit_range(images)
-        right[rows] = (_logits(model, images, labels).argmax(1) == labels).cpu()
+        right[rows] = (_logits(model, images, labels, batch_size).argmax(1) == labels).cpu()
     return right
 
 
@@ -142,7 +156,7 @@ def plan_batches(clean: Tensor, batch_size: int) -> list[Tensor]:
 def run_batch(
     attack: Attack,
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     index: Tensor,
     *,
@@ -164,12 +178,13 @@ def run_batch(
         index: int64 [n], rows of `x` that the model gets right; see `plan_batches`.
         seed: handed to the attack as it is.
         searched: what the attack sees instead of `model`: the same function in a faster form, such
-            as `models.folded`. The verdicts are always those of `model`.
+            as `models.folded`. The verdicts are always those of `model`, which is searched itself where
+            an image is adversarial for the faster form alone.
         steady: two scorings of one image must agree; False, for a model that is known to answer at
             random or by the batch, counts an image as broken when one of them is wrong.
-        rescore_batch_size: of the second scoring; default half the batch. One image is scored
-            beside a copy of itself, and a size that holds the whole batch becomes n + 1, so
-            that the two scorings never share a batch size.
+        rescore_batch_size: of the second scoring; default half of the first one's, which is the batch
+            or `rows_at_once`. One image is scored beside a copy of itself, and a size of the first
+            one's or more becomes one more than that, so that no image meets the same batch size twice.
 
     Raises:
         GuardbenchError: the attack returned something that is not an image inside the ball, or
@@ -180,18 +195,31 @@ def run_batch(
     images, labels = _on_device_of(model, x[index], y[index])
     _require_unit_range(images)
     seen = model if searched is None else searched
-    with frozen(model), frozen(seen):
-        found = attack.perturb(seen, images.clone(), labels.clone(), seed=seed)
+
+    def attacked(net: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = attack.perturb(net, images[rows].clone(), labels[rows].clone(), seed=seed)
         require_eval(model)
-        adv, distance = _inside(attack, found, images, index)
-        broken = _broken(model, adv, labels, index, rescore_batch_size, steady)
+        adv, distance = _inside(attack, found, images[rows], index[rows.cpu()])
+        again = rescore_batch_size
+        wrong = _broken(model, adv, labels[rows], index[rows.cpu()], again, steady)
+        return adv, distance, wrong
+
+    with frozen(model), frozen(seen):
+        adv, distance, broken = attacked(seen, torch.arange(len(images), device=images.device))
+        if searched is not None:
+            claimed = _logits(searched, adv, labels, rows_at_once(adv)).argmax(1) != labels
+            # Its search ended at an image that rounding alone makes adversarial, and only there.
+            rows = (claimed & ~broken).nonzero().squeeze(1)
+            if len(rows):
+                with telling(lambda *_: None):
+                    _, distance[rows], broken[rows] = attacked(model, rows)
     return BatchOutcome(index=index.cpu(), broken=broken.cpu(), distance=distance.cpu())
 
 
 def run_verified(
     attack: Attack,
     model: nn.Module,
-    x: Tensor,
+    x: Images,
     y: Tensor,
     *,
     seed: int,
@@ -258,10 +286,10 @@ def _require_unit_range(x: Tensor) -> None:
         )
 
 
-def _logits(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Logits [n, K] without gradient; refused if they are NaN or do not fit the labels."""
+def _logits(model: nn.Module, x: Tensor, y: Tensor, most: int) -> Tensor:
+    """Logits [n, K] without gradient, `most` images a pass; refused if they are NaN or do not fit."""
     with torch.no_grad():
-        logits: Tensor = model(x)
+        (logits,) = Fitting(most)(lambda some: (model(some),), x)
     if logits.ndim != 2 or len(logits) != len(x):
         shape = list(logits.shape)
         raise GuardbenchError(f"the model must answer logits [{len(x)}, K], not {shape}")
@@ -289,7 +317,9 @@ def _inside(attack: Attack, found: Tensor, x: Tensor, index: Tensor) -> tuple[Te
         )
     adv = found.clamp(0, 1)
     threat = attack.threat
-    distance = length(adv.double() - x.double(), "l2" if threat is None else threat.norm)
+    norm = "l2" if threat is None else threat.norm
+    pairs = zip(torch.split(adv, 256), torch.split(x, 256), strict=True)
+    distance = torch.cat([length(one.double() - other.double(), norm) for one, other in pairs])
     if threat is not None:
         allowed = float(threat.eps) + tolerance(threat, x[0].numel())
         if (wrong := distance > allowed).any():
@@ -314,14 +344,14 @@ def _broken(
     steady: bool,
 ) -> Tensor:
     """Whether one of two scorings at different batch sizes misclassifies each image, bool [n]."""
-    count = len(adv)
-    logits = _logits(model, adv, y)
-    size = rescore_batch_size or (count + 1) // 2
-    if size < count:
-        rows = [slice(first, first + size) for first in range(0, count, size)]
-        again = torch.cat([_logits(model, adv[part], y[part]) for part in rows])
+    size = min(len(adv), rows_at_once(adv))
+    logits = _logits(model, adv, y, size)
+    other = rescore_batch_size or (size + 1) // 2
+    if other < size:
+        again = _logits(model, adv, y, other)
     else:
-        again = _logits(model, torch.cat([adv, adv[:1]]), torch.cat([y, y[:1]]))[:count]
+        more, labels = torch.cat([adv, adv[:1]]), torch.cat([y, y[:1]])
+        again = _logits(model, more, labels, size + 1)[:-1]
     first, second = logits.argmax(1) != y, again.argmax(1) != y
     noise = LOGIT_NOISE * torch.maximum(logits.abs().amax(1), again.abs().amax(1))
     margin = torch.maximum(margin_of(logits, y).abs(), margin_of(again, y).abs())

@@ -5,9 +5,18 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
@@ -15,15 +24,36 @@ from guardbench.threat import ThreatModel
 if TYPE_CHECKING:
     from guardbench.attacks.base import Attack
 
-ATTACKS: dict[str, str] = {
-    "apgd": "guardbench.attacks.apgd:APGD",
-    "autoattack": "guardbench.attacks.autoattack:AutoAttack",
-    "cw": "guardbench.attacks.cw:CW",
-    "fab": "guardbench.attacks.fab:FAB",
-    "fgsm": "guardbench.attacks.fgsm:FGSM",
-    "mim": "guardbench.attacks.mim:MIM",
-    "pgd": "guardbench.attacks.pgd:PGD",
-    "square": "guardbench.attacks.square:Square",
+
+class Kind(NamedTuple):
+    """Where an attack's class is, and the paper that it comes from."""
+
+    target: str
+    source: str
+
+
+def _kind(module: str, name: str, source: str) -> Kind:
+    return Kind(f"guardbench.attacks.{module}:{name}", source)
+
+
+ATTACKS: dict[str, Kind] = {
+    "apgd": _kind("apgd", "APGD", "Croce & Hein, ICML 2020, arXiv:2003.01690"),
+    "autoattack": _kind("autoattack", "AutoAttack", "Croce & Hein, ICML 2020, arXiv:2003.01690"),
+    "cw": _kind("cw", "CW", "Carlini & Wagner, S&P 2017, arXiv:1608.04644"),
+    "deepfool": _kind(
+        "deepfool", "DeepFool", "Moosavi-Dezfooli et al., CVPR 2016, arXiv:1511.04599"
+    ),
+    "fab": _kind("fab", "FAB", "Croce & Hein, ICML 2020, arXiv:1907.02044"),
+    "fgsm": _kind("fgsm", "FGSM", "Goodfellow et al., ICLR 2015, arXiv:1412.6572"),
+    "jitter": _kind(
+        "jitter", "Jitter", "Schwinn et al., Applied Intelligence 2023, arXiv:2105.10304"
+    ),
+    "mim": _kind("mim", "MIM", "Dong et al., CVPR 2018, arXiv:1710.06081"),
+    "pgd": _kind("pgd", "PGD", "Madry et al., ICLR 2018, arXiv:1706.06083"),
+    "spsa": _kind("spsa", "SPSA", "Uesato et al., ICML 2018, arXiv:1802.05666"),
+    "square": _kind("square", "Square", "Andriushchenko et al., ECCV 2020, arXiv:1912.00049"),
+    "transfer": _kind("transfer", "Transfer", "Papernot et al., 2016, arXiv:1605.07277"),
+    "vmifgsm": _kind("vmifgsm", "VMIFGSM", "Wang & He, CVPR 2021, arXiv:2103.15571"),
 }
 
 
@@ -57,8 +87,7 @@ def build_attack(kind: str, threat: ThreatModel, params: Mapping[str, object]) -
     """
     if kind not in ATTACKS:
         raise GuardbenchError(f"unknown attack {kind!r}; {_suggest(kind, sorted(ATTACKS))}")
-    module, _, name = ATTACKS[kind].partition(":")
-    attack_class: Any = getattr(importlib.import_module(module), name)
+    attack_class = class_of(kind)
     hints = get_type_hints(attack_class)
     allowed = [field.name for field in fields(attack_class) if field.name != "threat"]
     arguments: dict[str, object] = {}
@@ -67,9 +96,22 @@ def build_attack(kind: str, threat: ThreatModel, params: Mapping[str, object]) -
             hint = _suggest(key, allowed)
             raise GuardbenchError(f"attack {kind} has no parameter {key!r}; {hint}")
         arguments[key] = _typed(kind, key, value, hints[key])
+    needed = [
+        field.name
+        for field in fields(attack_class)
+        if field.default is MISSING and field.name not in ("threat", *arguments)
+    ]
+    if needed:
+        raise GuardbenchError(f"attack {kind} needs {', '.join(needed)}")
     if hints["threat"] is not type(None):
         arguments["threat"] = threat
     return cast("Attack", attack_class(**arguments))
+
+
+def class_of(kind: str) -> Any:
+    """The class of a kind; its fields are what a protocol can set."""
+    module, _, name = ATTACKS[kind].target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _suggest(word: str, known: list[str]) -> str:
@@ -91,6 +133,8 @@ def _typed(kind: str, key: str, value: object, wanted: Any) -> object:
         return value
     if wanted is bool and isinstance(value, bool):
         return value
+    if wanted is str and isinstance(value, str):
+        return value
     if get_origin(wanted) is Literal and value in get_args(wanted):
         return value
     expected = {
@@ -98,5 +142,6 @@ def _typed(kind: str, key: str, value: object, wanted: Any) -> object:
         float: "a number",
         int: "a whole number",
         bool: "true or false",
+        str: "text in quotes",
     }.get(wanted) or f"one of {', '.join(map(repr, get_args(wanted)))}"
     raise GuardbenchError(f"attack {kind}: {key} must be {expected}, not {value!r}")

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import length, per_image, require_norm
+from guardbench.attacks.ball import length, per_image
+from guardbench.attacks.reference import reference_part
 from guardbench.attacks.stream import Rows, gradient_of, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.errors import GuardbenchError
+from guardbench.records import Engine
 from guardbench.threat import ThreatModel
 
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
@@ -19,7 +21,7 @@ ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class FAB:
-    """Targeted fast adaptive boundary attack in l-inf (Croce & Hein, ICML 2020, arXiv:1907.02044).
+    """Targeted fast adaptive boundary attack (Croce & Hein, ICML 2020, arXiv:1907.02044).
 
     Algorithm 1 with one target a search: the boundary between the label and the target is linearised
     at the iterate; iterate and clean image are projected onto it inside [0, 1] (equation 3), mixed
@@ -28,7 +30,7 @@ class FAB:
     image leaves at the first one inside the radius, which is the same verdict.
 
     Attributes:
-        threat: the ball; l-inf.
+        threat: the ball; l-inf, or l2 and l1 through the reference engine.
         steps: iterations a search.
         targets: the most likely wrong classes, each its own search.
     """
@@ -38,11 +40,15 @@ class FAB:
     targets: int = 9
 
     def __post_init__(self) -> None:
-        require_norm("FAB", self.threat, ["linf"])
         if min(self.steps, self.targets) < 1:
             raise GuardbenchError(f"steps and targets must be positive: {self}")
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:  # noqa: ARG002
+    @property
+    def run_by(self) -> Engine:
+        """Whose loops run: this package has l-inf."""
+        return "guardbench" if self.threat.norm == "linf" else "reference"
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N].
 
         Raises:
@@ -50,6 +56,10 @@ class FAB:
         """
         if not len(x):
             return x.clone()
+        if self.run_by == "reference":
+            return reference_part(
+                "fab-t", model, x, y, self.threat, seed, steps=self.steps, targets=self.targets
+            )
         ranked = ranked_targets(model, x, y, self.targets)
         search = _Search(self, ranked)
         return stream(search, model, x, y, jobs=ranked.shape[1])
@@ -61,6 +71,10 @@ class _Search:
     def __init__(self, attack: FAB, targets: Tensor) -> None:
         self.attack, self.targets = attack, targets
         self.crossed = 1.0
+
+    @property
+    def longest(self) -> int:
+        return self.attack.steps + 1
 
     def begin(self, x: Tensor, y: Tensor, image: Tensor, job: Tensor) -> Rows:
         step = torch.zeros(len(x), dtype=torch.int64, device=x.device)

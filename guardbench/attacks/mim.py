@@ -45,11 +45,14 @@ class MIM:
 
         def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:  # noqa: ARG001
             adv, momentum = state
-            size = length(gradient, "l1")
-            momentum = self.decay * momentum + gradient / per_image(
-                torch.where(size > 0, size, 1), gradient
-            )
+            momentum = gathered(momentum, gradient, self.decay)
             move = steepest(momentum, self.threat.norm)
             return project(adv + float(self.step) * move, x, self.threat), momentum
 
         return search(model, x, y, (x, torch.zeros_like(x)), steps=self.steps, update=update)[0]
+
+
+def gathered(momentum: Tensor, gradient: Tensor, decay: float) -> Tensor:
+    """The momentum after one more gradient, scaled to an l1 length of 1 (equation 6), [N, C, H, W]."""
+    size = length(gradient, "l1")
+    return decay * momentum + gradient / per_image(torch.where(size > 0, size, 1), gradient)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from guardbench.attacks.ball import project, random_start, require_norm, steepest
 from guardbench.attacks.search import State, search
+from guardbench.attacks.stream import within
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
@@ -56,8 +57,9 @@ class PGD:
                 break
             rest = x[live]
             start = random_start(rest, self.threat, seed, restart) if self.random_start else rest
-            adv[live], fooled = search(
-                model, rest, y[live], (start,), steps=self.steps, update=update
-            )
+            with within(restart / self.restarts, (restart + 1) / self.restarts):
+                adv[live], fooled = search(
+                    model, rest, y[live], (start,), steps=self.steps, update=update
+                )
             live = live[~fooled]
         return adv

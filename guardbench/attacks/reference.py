@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def reference_autoattack(
             f" {classes}; use pgd and square instead"
         )
     if square and version != "rand":
-        _require_tiles(threat, x)
+        _require_tiles(NORMS[threat.norm], x)
 
     def adjust(engine: Any) -> None:
         for part in (engine.apgd_targeted, engine.fab):
@@ -74,13 +75,90 @@ def reference_square(
     Raises:
         GuardbenchError: images whose height Square cannot tile in l2 or l1.
     """
-    _require_tiles(threat, x)
+    _require_tiles(NORMS[threat.norm], x)
 
     def adjust(engine: Any) -> None:
         engine.square.n_queries = queries
 
     settings: dict[str, object] = {"version": "custom", "attacks": ["square"]}
     return _run(model, x, y, threat, seed, settings, adjust)
+
+
+def reference_part(
+    part: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    seed: int,
+    *,
+    steps: int,
+    targets: int,
+) -> Tensor:
+    """One of pyautoattack's attacks, otherwise as inside AutoAttack standard; survivors come back as
+    they were.
+
+    Args:
+        part: `apgd-ce`, `apgd-dlr`, `apgd-t` or `fab-t`.
+        steps: iterations a search.
+        targets: of the targeted parts; K - 1 where there are fewer.
+    """
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+
+    def adjust(engine: Any) -> None:
+        engine.attacks_to_run = [part]
+        for each in (engine.apgd, engine.apgd_targeted, engine.fab):
+            each.n_iter = steps
+            each.n_iter_orig = steps  # what APGD reads in l1
+        for each in (engine.apgd_targeted, engine.fab):
+            each.n_target_classes = min(targets, classes - 1)
+
+    return _run(model, x, y, threat, seed, {"version": "standard"}, adjust)
+
+
+class FormerAutoAttack:
+    """pyautoattack under the signature of the package `autoattack`, which robustbench calls.
+
+    Its random numbers come from seed 0, where that package's came from the clock.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        norm: str,
+        eps: float,
+        version: str,
+        device: torch.device,
+        log_path: object = None,  # noqa: ARG002
+    ) -> None:
+        from pyautoattack import AutoAttack as Engine  # type: ignore[import-untyped]
+
+        self.device, self.norm = device, norm
+        self.engine = Engine(model, norm=norm, eps=eps, version=version, device=device, seed=0)
+
+    def run_standard_evaluation(
+        self, x: Tensor, y: Tensor, *, bs: int, state_path: Path | None = None
+    ) -> Tensor:
+        """Adversarial images [N, C, H, W]; survivors come back unchanged.
+
+        Raises:
+            GuardbenchError: images whose height Square cannot tile in l2.
+        """
+        _require_tiles(self.norm, x)
+        with _isolated(self.device):
+            found: Tensor = self.engine.run_standard_evaluation(
+                x, y, batch_size=bs, state_path=state_path
+            )[0]
+        return found
+
+
+def former_state() -> type:
+    """The class that `autoattack.state` calls EvaluationState."""
+    from pyautoattack.state import EvaluationState  # type: ignore[import-untyped]
+
+    return EvaluationState  # type: ignore[no-any-return]
 
 
 def _run(
@@ -94,7 +172,7 @@ def _run(
 ) -> Tensor:
     """pyautoattack's own evaluation of these images, in one batch, leaving nothing else moved."""
     with frozen(model), _isolated(x.device):
-        from pyautoattack import AutoAttack as Engine  # type: ignore[import-untyped]
+        from pyautoattack import AutoAttack as Engine
 
         engine = Engine(
             model,
@@ -140,13 +218,13 @@ def _isolated(device: torch.device) -> Iterator[None]:
         sys.settrace(tracer)
 
 
-def _require_tiles(threat: ThreatModel, x: Tensor) -> None:
+def _require_tiles(norm: str, x: Tensor) -> None:
     """Refuses sizes at which Square's first tiling (l2, l1) would not fit, which crashes it.
 
     It lays squares of `s = height // 5` from `(height - 5 s) // 2` on, `height // s` of them:
     the last may stick out by less than a square only if `s` is 1.
     """
-    if threat.norm == "linf":
+    if norm == "Linf":
         return
     height, width = x.shape[2:]
     side = height // 5
@@ -155,6 +233,6 @@ def _require_tiles(threat: ThreatModel, x: Tensor) -> None:
         end = start + side * (height // side)
     if side == 0 or (side > 1 and end > min(height, width)):
         raise GuardbenchError(
-            f"Square in {threat.norm} (of pyautoattack) cannot tile {height} x {width} images;"
+            f"Square in {norm.lower()} (of pyautoattack) cannot tile {height} x {width} images;"
             " another resolution or linf works"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.stream import gradient_of
+from guardbench.attacks.stream import Fitting, Teller, gradient_of
 
 State = tuple[Tensor, ...]
 """Per-image tensors [n, ...]: first what the gradient moves, then what the attack remembers."""
@@ -48,6 +49,7 @@ def search(
     update: Update,
     objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = cross_entropy,
     image: Callable[[Tensor], Tensor] = _same,
+    leave: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Takes `steps` updates from `start`; every image leaves at its first misclassified iterate.
 
@@ -65,6 +67,7 @@ def search(
         update: makes the next state.
         objective: the scalar to differentiate, from logits, iterate, clean images and labels.
         image: makes images from `state[0]`.
+        leave: False for images that are to fool another model: all take all steps.
 
     Returns:
         Images [N, C, H, W] where each search ended, and whether that image is misclassified [N].
@@ -74,37 +77,40 @@ def search(
     """
     found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     live = torch.arange(len(x), device=x.device)
-    state = start
-    for step in range(steps + 1):
-        if not len(live):
-            break
+    state, teller, fitting = start, Teller(), Fitting()
+    for step in range(steps + 1 if len(x) else 0):
         if step < steps:
-            adv, logits, gradient = _differentiate(model, x, y, state[0], objective, image)
+            part = partial(_differentiate, model, objective, image)
+            adv, logits, gradient = fitting(part, x, y, state[0])
         else:
             with torch.no_grad():
                 adv = image(state[0])
-                logits = model(adv)
+                (logits,) = fitting(lambda part: (model(part),), adv)
         broken = logits.argmax(1) != y
         if step == steps:
             found[live], fooled[live] = adv, broken
             break
-        if broken.any():
+        if leave and broken.any():
             found[live[broken]], fooled[live[broken]] = adv[broken], True
             kept = ~broken
+            if not kept.any():
+                break
             live, x, y, gradient = live[kept], x[kept], y[kept], gradient[kept]
             state = tuple(part[kept] for part in state)
         with torch.no_grad():
             state = update(state, gradient, x, step)
+        if teller.due():
+            teller.tell((step + 1) / (steps + 1), len(live))
     return found, fooled
 
 
 def _differentiate(
     model: nn.Module,
+    objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    image: Callable[[Tensor], Tensor],
     x: Tensor,
     y: Tensor,
     variable: Tensor,
-    objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    image: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Iterate, logits, and gradient of the objective in `variable`, from one forward pass."""
     variable = variable.detach().requires_grad_()

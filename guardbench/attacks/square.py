@@ -68,6 +68,10 @@ class _Search:
     def __init__(self, attack: Square, seed: int) -> None:
         self.attack, self.seed = attack, seed
 
+    @property
+    def longest(self) -> int:
+        return self.attack.queries + 1
+
     def begin(self, x: Tensor, y: Tensor, image: Tensor, job: Tensor) -> Rows:  # noqa: ARG002
         stripes, draws = [], []
         for clean in x:

@@ -7,20 +7,118 @@ the images beside it nor on the size of the batch.
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Protocol
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from guardbench.errors import GuardbenchError
 
+logger = logging.getLogger(__name__)
+
 Rows = dict[str, Tensor]
 """Per-row tensors [n, ...] of the searches in the batch. `stream` owns `image` (int64, the place in
-its `x`); a search owns the rest, of which `adv` is the image that it stands at."""
+its `x`) and `age` (iterations so far); a search owns the rest, of which `adv` is the image that it
+stands at."""
+
+Tell = Callable[[float, int], None]
+"""Hears which share of an attack's work is done (0 to 1) and how many images are not yet broken."""
+TELL_EVERY_S = 0.5
+_TELL: ContextVar[Tell | None] = ContextVar("tell", default=None)
+
+
+@contextmanager
+def telling(tell: Tell) -> Iterator[None]:
+    """Inside, attacks tell how far they are, now and then; tells nest as attacks do (`within`)."""
+    token = _TELL.set(tell)
+    try:
+        yield
+    finally:
+        _TELL.reset(token)
+
+
+@contextmanager
+def within(first: float, last: float) -> Iterator[None]:
+    """Inside, what is told is a part of a whole: its 0 to 1 is the whole's `first` to `last`."""
+    outer = _TELL.get()
+    if outer is None:
+        yield
+        return
+    with telling(lambda share, alive: outer(first + (last - first) * share, alive)):
+        yield
+
+
+class Teller:
+    """Whether somebody listens and has not heard for `TELL_EVERY_S` seconds."""
+
+    def __init__(self) -> None:
+        self._tell, self._last = _TELL.get(), time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to tell."""
+        return self._tell is not None and time.monotonic() - self._last > TELL_EVERY_S
+
+    def tell(self, share: float, alive: int) -> None:
+        """See `Tell`."""
+        if self._tell is not None:
+            self._tell(share, alive)
+        self._last = time.monotonic()
+
+
+class Fitting:
+    """Runs a function on rows, `most` at a time, and on fewer from when memory has run out."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
+
+    def __call__(
+        self, function: Callable[..., tuple[Tensor, ...]], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `function` gives for `values`, which have a row an image each.
+
+        Args:
+            function: gives tensors with one row for each row that it is given; called again for rows
+                whose first try ended for want of memory, so it must leave its arguments as they were.
+
+        Raises:
+            GuardbenchError: not even one row fits.
+        """
+        count = len(values[0])
+        while True:
+            size = min(self.most or count, max(count, 1))
+            try:
+                pieces = zip(*(torch.split(value, size) for value in values), strict=True)
+                parts = [function(*piece) for piece in pieces]
+                return (
+                    parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+                )
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if size == 1:
+                    raise GuardbenchError(
+                        "one image alone does not fit into the device's memory; use --device cpu, or "
+                        "free some."
+                    ) from error
+                self.most = size // 2
+                logger.info("memory ran out at %d rows; going on with %d", size, self.most)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 class Search(Protocol):
     """One search of an image, advanced for many rows at once by one forward pass or a few."""
+
+    @property
+    def longest(self) -> int:
+        """Iterations of a search that breaks nothing."""
 
     def begin(self, x: Tensor, y: Tensor, image: Tensor, job: Tensor) -> Rows:
         """Rows of new searches.
@@ -82,6 +180,7 @@ def stream(
     found, broken = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
     rows: Rows = {}
     ahead = 0
+    teller, fitting = Teller(), Fitting()
     while True:
         active = len(rows["image"]) if rows else 0
         # A refill copies the batch, so it waits until an eighth is free.
@@ -90,11 +189,14 @@ def stream(
             if len(fresh):
                 image = fresh % count
                 new = search.begin(x[image], y[image], image, fresh // count)
-                new["image"] = image
+                new |= {"image": image, "age": torch.zeros_like(image)}
                 rows = {k: torch.cat([rows[k], v]) for k, v in new.items()} if active else new
         if not rows or not len(rows["image"]):
             return found
-        hit, over = search.advance(model, rows)
+        names = [*rows]
+        hit, over, *moved = fitting(partial(_advanced, search, model, names), *rows.values())
+        rows = dict(zip(names, moved, strict=True))
+        rows["age"] = rows["age"] + 1
         if hit.any():
             place = hit.nonzero().squeeze(1)
             place = place[_firsts(rows["image"][place])]
@@ -103,10 +205,27 @@ def stream(
         gone = over | broken[rows["image"]]
         if gone.any():
             rows = {k: v[~gone] for k, v in rows.items()}
+        if teller.due():
+            queue = torch.arange(ahead, jobs * count, device=x.device) % count
+            waiting = int((~broken[queue]).sum()) * search.longest
+            running = int((search.longest - rows["age"]).sum())
+            share = 1 - (waiting + running) / (jobs * count * search.longest)
+            teller.tell(share, int((~broken).sum()))
 
 
-def gradient_of(values: Tensor, point: Tensor) -> Tensor:
+def _advanced(
+    search: Search, model: nn.Module, names: list[str], *values: Tensor
+) -> tuple[Tensor, ...]:
+    rows = dict(zip(names, values, strict=True))
+    hit, over = search.advance(model, rows)
+    return hit, over, *(rows[name] for name in names)
+
+
+def gradient_of(values: Tensor, point: Tensor, *, keep: bool = False) -> Tensor:
     """Gradient in `point` [n, ...] of the sum of `values`, each of which sees its own row alone.
+
+    Args:
+        keep: the graph is needed for another gradient.
 
     Raises:
         GuardbenchError: no gradient reaches the images.
@@ -114,7 +233,7 @@ def gradient_of(values: Tensor, point: Tensor) -> Tensor:
     if not values.requires_grad:
         raise _no_gradient()
     gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-        values.sum(), point, allow_unused=True
+        values.sum(), point, allow_unused=True, retain_graph=keep
     )
     if gradients[0] is None:
         raise _no_gradient()

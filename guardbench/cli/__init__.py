@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 import guardbench
-from guardbench.cli import leaderboard
+from guardbench.cli import leaderboard, robustbench
+from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
+from guardbench.cli.curve import curve
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.run import run
 from guardbench.cli.show import show
@@ -27,9 +29,12 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(evaluate)
+app.command()(curve)
+app.command()(attacks)
 app.command()(show)
 app.command()(compare)
 app.add_typer(leaderboard.app, name="leaderboard")
+app.add_typer(robustbench.app, name="robustbench")
 
 
 def _version(wanted: bool) -> None:

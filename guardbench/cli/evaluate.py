@@ -7,44 +7,27 @@ from typing import Annotated
 
 import typer
 
-from guardbench.cli.options import CacheDir, DataDir, Device, EngineName, EngineOption
+from guardbench.cli.options import (
+    Arch,
+    CacheDir,
+    DataDir,
+    Device,
+    EngineName,
+    EngineOption,
+    Normalisation,
+    Python,
+    Weights,
+)
 
 
 def evaluate(
     protocol: Annotated[
         str, typer.Option(help="What is measured: an id such as cifar10-8, or your own FILE.toml.")
     ],
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .safetensors file, or a .pt/.pth that holds a state dict; code in it is never run.",
-            show_default=False,
-        ),
-    ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            help="Of --weights: resnet18, resnet50, convnet-d3, ... (with the stem that fits the "
-            "protocol's resolution), or torchvision:NAME for a stock network.",
-            show_default=False,
-        ),
-    ] = None,
-    python: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of --weights: package.module:function, which gives a model that maps "
-            "images in [0, 1] to logits.",
-            show_default=False,
-        ),
-    ] = None,
-    normalisation: Annotated[
-        str | None,
-        typer.Option(
-            help="Of --weights: imagenet, cifar10, cifar100, half, none, or numbers such as "
-            "0.5,0.5,0.5/0.2,0.2,0.2. Students of guardbench hold their own.",
-            show_default=False,
-        ),
-    ] = None,
+    weights: Weights = None,
+    arch: Arch = None,
+    python: Python = None,
+    normalisation: Normalisation = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -73,15 +56,14 @@ def evaluate(
 
     console = Console(emoji=False)
     from guardbench.assessment import Request, assess, prepare
+    from guardbench.classifiers import Source
     from guardbench.progress import Progress
 
     request = Request(
         protocol=protocol,
-        weights=weights,
-        arch=arch,
-        python=python,
-        normalisation=normalisation,
-        name=name,
+        source=Source(
+            weights=weights, arch=arch, python=python, normalisation=normalisation, name=name
+        ),
         seed=seed,
         engine=engine.value,
         device=device,

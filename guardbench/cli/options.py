@@ -20,6 +20,38 @@ EngineOption = Annotated[
     EngineName,
     typer.Option(help="Whose AutoAttack and Square run; reference is pyautoattack, untouched."),
 ]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .safetensors file, or a .pt/.pth that holds a state dict; code in it is never run.",
+        show_default=False,
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        help="Of --weights: resnet18, resnet50, convnet-d3, ... (with the stem that fits the "
+        "protocol's resolution), or torchvision:NAME for a stock network. Without --weights: "
+        "robustbench:MODEL, with the weights of RobustBench's zoo.",
+        show_default=False,
+    ),
+]
+Python = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of --weights: package.module:function, which gives a model that maps images "
+        "in [0, 1] to logits.",
+        show_default=False,
+    ),
+]
+Normalisation = Annotated[
+    str | None,
+    typer.Option(
+        help="Of --weights: imagenet, cifar10, cifar100, half, none, or numbers such as "
+        "0.5,0.5,0.5/0.2,0.2,0.2. Students of guardbench hold their own.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DataDir = Annotated[
     Path | None,

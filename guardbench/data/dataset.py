@@ -73,6 +73,10 @@ class RealDataset:
         info = dataset_info(self.name)
         return len(self) == info.count("train" if self.split == "train" else "val")
 
+    def select(self, indices: Sequence[int]) -> Selected:
+        """The images at `indices`, not decoded yet."""
+        return Selected(self, torch.tensor(indices, dtype=torch.int64))
+
     def batch(self, indices: Tensor | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Images as float32 [n, C, R, R] in [0, 1] on `device`, in the order of `indices`.
 
@@ -83,6 +87,33 @@ class RealDataset:
         # Indexing by an array copies out of the map; bytes travel, and become floats there.
         pixels = torch.from_numpy(np.asarray(self.images[wanted])).to(device)
         return pixels.to(torch.float32).div_(255)
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """Some images of a split, in an order of their own, decoded to float32 when they are asked for.
+
+    A validation set larger than memory can so be attacked batch by batch.
+
+    Attributes:
+        split: whose images.
+        order: int64 [N], positions in the split.
+    """
+
+    split: RealDataset
+    order: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N, C, R, R."""
+        return (len(self.order), *self.split.images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Images [n, C, R, R] in [0, 1] at a slice, or at int64 or bool [N] positions, of the order."""
+        return self.split.batch(self.order[rows])
 
 
 def load_split(

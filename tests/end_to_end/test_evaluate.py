@@ -76,7 +76,7 @@ def test_the_table_and_the_record_say_the_same(evaluated) -> None:
     (seed,) = record.seeds
     assert record.classifier.arch == "linear:network"
     assert record.classifier.parameters == 650
-    assert record.provenance.engines == {"square": "guardbench"}
+    assert record.provenance.engines == {"square": "guardbench", "apgd-t": "guardbench"}
     assert record.flags == ()
     assert 75 < seed.clean.correct <= 90
     shown = re.search(r"^clean +90 x 1 +([\d.]+)", result.stdout, re.MULTILINE)

@@ -10,13 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import length, random_start, steepest, tolerance
+from guardbench.attacks.ball import (
+    content_noise,
+    length,
+    project,
+    random_start,
+    steepest,
+    tolerance,
+)
 from guardbench.attacks.base import Attack, run_verified
 from guardbench.attacks.cw import CW
+from guardbench.attacks.deepfool import DeepFool
 from guardbench.attacks.fgsm import FGSM
+from guardbench.attacks.jitter import Jitter
 from guardbench.attacks.mim import MIM
 from guardbench.attacks.pgd import PGD
+from guardbench.attacks.spsa import SPSA
+from guardbench.attacks.transfer import Transfer
+from guardbench.attacks.vmifgsm import VMIFGSM
+from guardbench.canonical import file_digest
 from guardbench.errors import GuardbenchError
+from guardbench.models import build_model, save_weights
 from guardbench.threat import Norm, ThreatModel
 
 LINF = ThreatModel("linf", Fraction(8, 255))
@@ -109,6 +123,133 @@ def test_iterative_attacks_reach_the_exact_answer_and_never_pass_it(norm, classe
                 assert torch.equal(found, robust)
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_of_the_second_row_reach_the_exact_answer_and_never_pass_it(norm, classes):
+    model, x, y, threat, robust = exact_case(classes, norm, 20.0)
+    # On a linear model DeepFool's first step ends on the nearest boundary, whatever its shape.
+    assert torch.equal(run(DeepFool(threat=threat, overshoot=1e-3), model, x, y), robust)
+    for attack in (
+        VMIFGSM(threat=threat, steps=20, neighbours=2),
+        Jitter(threat=threat, steps=60, step=0.1, noise=0.0),
+        Jitter(threat=threat, steps=60, step=0.1),
+        SPSA(threat=threat, steps=30, samples=32),
+    ):
+        found = run(attack, model, x, y)
+        assert (found >= robust).all(), attack
+        missed = (found & ~robust).sum()
+        noisy = isinstance(attack, SPSA) or getattr(attack, "noise", 0) > 0
+        if not noisy and classes == 2:
+            assert missed == 0, attack
+        elif classes > 2 or isinstance(attack, SPSA):  # of two classes, noise only goes astray
+            assert missed <= 0.4 * (~robust).sum(), attack
+
+
+def test_jitter_without_noise_is_ascent_of_its_own_loss():
+    model = small_network()
+    x, y = images(8, model)
+    attack = Jitter(threat=LINF, steps=1, step=0.3, noise=0.0)
+    start = random_start(x, LINF, 7).requires_grad_()
+    logits = model(start)
+    gap = (10 * logits / logits.abs().amax(1, keepdim=True)).softmax(1)
+    loss = (gap - nn.functional.one_hot(y, 5)).norm(dim=1)  # the paper's norm, not its square
+    (gradient,) = torch.autograd.grad(loss.sum(), start)
+    kept = logits.argmax(1) == y
+    moved = (start + 0.3 * 8 / 255 * gradient.sign()).clamp(x - 8 / 255, x + 8 / 255).clamp(0, 1)
+    found = attack.perturb(model, x, y, seed=7)
+    assert kept.any()
+    assert found[kept].allclose(moved[kept], atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_vmifgsm_follows_the_paper_for_two_steps(norm):
+    model = small_network()
+    x, y = images(8, model)
+    threat = ThreatModel(norm, Fraction(1, 1000))  # nothing is broken so near
+    # In l2 the neighbours are as far from the iterate, over all pixels, as l-inf's in each.
+    reach = 1.5e-3 if norm == "linf" else 1.5e-3 / 6
+    found = VMIFGSM(threat=threat, steps=2, neighbours=3).perturb(model, x, y, seed=5)
+
+    def gradient(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        loss = nn.functional.cross_entropy(model(at), y, reduction="sum")
+        return torch.autograd.grad(loss, at)[0]
+
+    def unit(values: Tensor) -> Tensor:
+        return values / values.abs().sum((1, 2, 3), keepdim=True)
+
+    def along(values: Tensor) -> Tensor:
+        return (
+            values.sign()
+            if norm == "linf"
+            else values / values.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        )
+
+    first = gradient(x)
+    around = [gradient(x + reach * content_noise(x, 5, "neighbours", 0, i)) for i in range(3)]
+    variance = sum(around) / 3 - first
+    momentum = unit(first)
+    adv = x + 5e-4 * along(momentum)
+    momentum = momentum + unit(gradient(adv) + variance)
+    assert found.allclose(project(adv + 5e-4 * along(momentum), x, threat), atol=1e-7)
+
+
+class Masked(nn.Module):
+    """A linear model behind steps of 1/16, through which no gradient passes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((16 * x).round() / 16 + 0 * x)
+
+
+def test_transfer_breaks_a_model_that_hides_its_gradients(tmp_path):
+    surrogate = build_model("convnet-d3", channels=1, classes=5, resolution=8, seed=1).eval()
+    save_weights(surrogate, tmp_path / "s.safetensors")
+    x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    masked = Masked(surrogate).eval()
+    with torch.no_grad():
+        y = masked(x).argmax(1)
+    threat = ThreatModel("linf", Fraction(1, 6))
+    transfer = Transfer(
+        threat=threat, weights=str(tmp_path / "s.safetensors"), arch="convnet-d3",
+        sha256=file_digest(tmp_path / "s.safetensors"),
+    )  # fmt: skip
+    pgd = PGD(threat=threat, steps=10, step=Fraction(1, 60))
+    moved, climbed = (run(attack, masked, x, y).sum() for attack in (transfer, pgd))
+    assert moved < 15
+    assert climbed > moved + 10
+    # To the end: on the surrogate itself every image keeps moving once it is wrong.
+    short, long = (
+        VMIFGSM(threat=threat, leave=leave).perturb(surrogate, x, y, seed=0)
+        for leave in (True, False)
+    )
+    loss = [nn.functional.cross_entropy(surrogate(adv), y) for adv in (short, long)]
+    assert loss[1] > loss[0]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_deepfool_stands_still_where_no_gradient_leads_anywhere(norm):
+    """Of a model that hides them, far from its boundary: no NaN, no image claimed."""
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e3 * (2 * x.flatten(1)[:, :3]).round() + 0 * x.flatten(1)[:, :3]
+
+    x = torch.zeros(4, 1, 2, 2)
+    x[:, 0, 0, 1] = 1.0
+    y = torch.ones(4, dtype=torch.int64)
+    threat = ThreatModel(norm, Fraction(1, 5))
+    assert torch.equal(DeepFool(threat=threat).perturb(Flat().eval(), x, y, seed=0), x)
+    # A slope too small to be squared is a slope.
+    model = linear(3, 1e-25)
+    x, y = images(20, model)
+    y = model[1](x.flatten(1)).argmax(1)
+    assert (run(DeepFool(threat=ThreatModel(norm, Fraction(2))), model, x, y).sum()) < 5
+
+
 def test_restarts_reach_only_survivors_and_break_no_fewer():
     model = small_network()
     x, y = images(40, model, 0.0, 1.0)
@@ -161,6 +302,10 @@ ATTACKS: list[Attack] = [
     PGD(threat=L2, steps=5, step=Fraction(1, 5)),
     MIM(threat=LINF, steps=5, step=Fraction(1, 50)),
     MIM(threat=L2, steps=5, step=Fraction(1, 5)),
+    VMIFGSM(threat=LINF, steps=3, neighbours=2),
+    VMIFGSM(threat=L2, steps=3, neighbours=2),
+    Jitter(threat=LINF, steps=5, step=0.6),
+    Jitter(threat=L2, steps=5, step=0.8),
     CW(c=0.02, steps=5),
 ]
 
@@ -250,6 +395,14 @@ def test_a_model_without_gradient_is_named():
         (lambda: FGSM(threat=ThreatModel("l1", Fraction(1))), "FGSM attacks in linf and l2"),
         (lambda: PGD(threat=ThreatModel("l1", Fraction(1))), "PGD attacks in linf and l2"),
         (lambda: MIM(threat=ThreatModel("l1", Fraction(1))), "MIM attacks in linf and l2"),
+        (
+            lambda: DeepFool(threat=ThreatModel("l1", Fraction(1))),
+            "DeepFool attacks in linf and l2",
+        ),
+        (lambda: DeepFool(threat=LINF, overshoot=-1.0), "overshoot not negative"),
+        (lambda: VMIFGSM(threat=LINF, neighbours=0), "must be positive"),
+        (lambda: Jitter(threat=LINF, noise=-0.1), "noise not negative"),
+        (lambda: SPSA(threat=LINF, delta=0.0), "must be positive"),
         (lambda: CW(threat=LINF), "unbounded"),
         (lambda: PGD(threat=LINF, steps=0), "must be positive"),
         (lambda: PGD(threat=LINF, step=Fraction(0)), "must be positive"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import subprocess
 import sys
 from fractions import Fraction
@@ -11,10 +10,14 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from guardbench.attacks.base import run_verified
-from guardbench.attacks.build import ATTACKS, build_attack, parse_fraction
+from guardbench.attacks.build import ATTACKS, build_attack, class_of, parse_fraction
+from guardbench.canonical import file_digest
+from guardbench.cli import app
 from guardbench.errors import GuardbenchError
+from guardbench.models import build_model, save_weights
 from guardbench.threat import ThreatModel
 
 LINF = ThreatModel("linf", Fraction(1, 5))
@@ -24,22 +27,46 @@ QUICK: dict[str, dict[str, object]] = {
     "pgd": {"steps": 3, "step": "2.5/255"},
     "square": {"queries": 20},
     "autoattack": {"version": "rand"},
+    "deepfool": {"steps": 3},
+    "jitter": {"steps": 3},
+    "spsa": {"steps": 3, "samples": 8},
+    "vmifgsm": {"steps": 3},
     "cw": {"steps": 3},
 }
 
 
+@pytest.fixture(scope="module")
+def surrogate(tmp_path_factory):
+    """The weights of a small network as a protocol names them."""
+    path = tmp_path_factory.mktemp("surrogate") / "net.safetensors"
+    save_weights(build_model("convnet-d3", channels=1, classes=5, resolution=8, seed=0), path)
+    return {"weights": str(path), "sha256": file_digest(path), "arch": "convnet-d3"}
+
+
+def test_a_surrogate_is_one_file_and_no_other(surrogate):
+    with pytest.raises(GuardbenchError, match="not the surrogate that the protocol names"):
+        build_attack("transfer", LINF, {**surrogate, "sha256": "0" * 64})
+    with pytest.raises(GuardbenchError, match="no such file"):
+        build_attack("transfer", LINF, {**surrogate, "weights": "elsewhere.safetensors"})
+    with pytest.raises(GuardbenchError, match="attack transfer needs weights, sha256, arch"):
+        build_attack("transfer", LINF, {"steps": 3})
+    with pytest.raises(GuardbenchError, match="weights must be text in quotes"):
+        build_attack("transfer", LINF, {**surrogate, "weights": 3})
+
+
 @pytest.mark.parametrize("kind", sorted(ATTACKS))
-def test_every_attack_keeps_the_contract(kind):
+def test_every_attack_keeps_the_contract(kind, surrogate):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).eval()
     x = torch.rand(6, 1, 8, 8)
     y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 5
-    attack = build_attack(kind, LINF, QUICK.get(kind, {}))
+    params = surrogate if kind == "transfer" else QUICK.get(kind, {})
+    attack = build_attack(kind, LINF, params)
     assert type(attack).__name__.lower() == kind
     assert dataclasses.fields(attack)[0].name == "threat"
     assert attack.threat == (None if kind == "cw" else LINF)
-    assert hash(attack) == hash(build_attack(kind, LINF, QUICK.get(kind, {})))
+    assert hash(attack) == hash(build_attack(kind, LINF, params))
     with pytest.raises(dataclasses.FrozenInstanceError):
         attack.threat = None
     with pytest.raises(TypeError):
@@ -52,10 +79,21 @@ def test_every_attack_keeps_the_contract(kind):
     assert (first.distance[1:] > 0).any()
 
 
-@pytest.mark.parametrize("target", sorted(ATTACKS.values()))
-def test_every_attack_names_its_source(target):
-    module, _, name = target.partition(":")
-    assert "arXiv:" in (getattr(importlib.import_module(module), name).__doc__ or "")
+@pytest.mark.parametrize("kind", sorted(ATTACKS))
+def test_every_attack_names_its_source(kind):
+    paper = ATTACKS[kind].source.rpartition(", ")[2]
+    assert paper.startswith("arXiv:")
+    assert paper in (class_of(kind).__doc__ or "")
+
+
+def test_the_attacks_are_listed_with_parameters_and_source(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = CliRunner().invoke(app, ["attacks"])
+    assert result.exit_code == 0, result.output
+    for kind, (_, source) in ATTACKS.items():
+        assert kind in result.output
+        assert source in result.output
+    assert "steps = 100, step = 1/1020, random_start = True, restarts = 1" in result.output
 
 
 def test_defaults_are_those_of_the_guard_tables():
@@ -88,7 +126,7 @@ def test_parameters_are_read_by_the_type_of_their_field():
     ("kind", "params", "message"),
     [
         ("pdg", {}, "unknown attack 'pdg'; did you mean 'pgd'. it must be one of apgd, autoattack"),
-        ("zzz", {}, "unknown attack 'zzz'; it must be one of apgd, autoattack, cw, fab, fgsm"),
+        ("zzz", {}, "unknown attack 'zzz'; it must be one of apgd, autoattack, cw, deepfool, fab"),
         ("pgd", {"stpes": 3}, "pgd has no parameter 'stpes'; did you mean 'steps'"),
         ("pgd", {"threat": LINF}, "pgd has no parameter 'threat'"),
         ("fgsm", {"steps": 3}, "fgsm has no parameter 'steps'; there are none"),
@@ -101,7 +139,7 @@ def test_parameters_are_read_by_the_type_of_their_field():
         ("mim", {"decay": "1"}, "decay must be a number, not '1'"),
         ("autoattack", {"version": "fast"}, "version must be one of 'standard', 'plus', 'rand'"),
         ("square", {"engine": "fast"}, "engine must be one of 'guardbench', 'reference'"),
-        ("apgd", {"loss": "dlr"}, "loss must be one of 'ce', 'dlr-targeted'"),
+        ("apgd", {"loss": "cw"}, "loss must be one of 'ce', 'dlr', 'dlr-targeted'"),
         ("autoattack", {"version": ["standard"]}, "version must be one of 'standard'"),
         ("pgd", {"steps": 0}, "must be positive"),
     ],

@@ -21,11 +21,19 @@ from guardbench.attacks import stream as streams
 from guardbench.attacks.apgd import APGD
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.ball import length, random_start, tolerance
-from guardbench.attacks.base import Attack, run_verified
+from guardbench.attacks.base import Attack, run_verified, score_clean
+from guardbench.attacks.cw import CW
+from guardbench.attacks.deepfool import DeepFool
 from guardbench.attacks.fab import FAB, project_to_hyperplane
+from guardbench.attacks.fgsm import FGSM
+from guardbench.attacks.jitter import Jitter
+from guardbench.attacks.mim import MIM
+from guardbench.attacks.pgd import PGD
+from guardbench.attacks.spsa import SPSA
 from guardbench.attacks.square import Square, square_side
 from guardbench.attacks.stream import rows_at_once, stream
 from guardbench.attacks.targets import ranked_targets
+from guardbench.attacks.vmifgsm import VMIFGSM
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
@@ -191,6 +199,7 @@ class Script:
         self.ends, self.hits = torch.tensor(ends), torch.tensor(hits)
         self.begun: list[tuple[int, int]] = []
         self.steps: list[list[tuple[int, int]]] = []
+        self.longest = int(self.ends.max())
 
     def begin(self, x, y, image, job):
         assert torch.equal(x[:, 0, 0, 0].long(), image)
@@ -246,6 +255,75 @@ def test_every_job_runs_once_until_its_image_is_broken(data):
         assert order == sorted(order)
 
 
+def test_it_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(streams, "TELL_EVERY_S", -1.0)
+    heard: list[tuple[float, int]] = []
+    script = Script([[4, 4]] * 6, [[True, False]] * 2 + [[False, False]] * 4)
+    x = torch.arange(6.0)[:, None, None, None]
+    with streams.telling(lambda *words: heard.append(words)):
+        with streams.within(0.5, 1.0):
+            stream(script, nn.Identity(), x, torch.arange(6) + 100, jobs=2, capacity=6)
+        model, x, y = precise_case(4)
+        count = len(heard)
+        never = ThreatModel("linf", Fraction(1, 10**6))
+        PGD(threat=never, steps=3).perturb(model, x, y, seed=0)
+    assert [alive for _, alive in heard[:count]] == [6] * 3 + [4] * (count - 3)
+    # Six first jobs of four steps; then the second jobs of the four images that are left.
+    shares = [share for share, _ in heard[:count]]
+    assert shares[:3] == pytest.approx([0.5 + 0.5 * 6 * k / 48 for k in (1, 2, 3)])
+    assert shares[3] == pytest.approx(0.5 + 0.5 * (24 + 8) / 48)  # the dropped jobs count as done
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert heard[count:] == [(0.25, 4), (0.5, 4), (0.75, 4)]
+    quiet = len(heard)
+    PGD(threat=never, steps=3).perturb(model, x, y, seed=0)
+    assert len(heard) == quiet
+
+
+class Small(nn.Module):
+    """A model on a device that holds three rows."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.model, self.most = model, most
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [APGD(threat=NEAR, steps=6), Square(threat=LINF, queries=20), PGD(threat=NEAR, steps=6),
+     Jitter(threat=NEAR, steps=6), CW(c=0.1, steps=6), MIM(threat=NEAR), FGSM(threat=NEAR),
+     VMIFGSM(threat=NEAR, steps=3, neighbours=2), DeepFool(threat=NEAR, steps=6),
+     SPSA(threat=NEAR, steps=2, samples=8), FAB(threat=NEAR, steps=6),
+     APGD(threat=NEAR, steps=6, loss="dlr-targeted")],
+    ids=repr,
+)  # fmt: skip
+def test_where_memory_runs_out_fewer_rows_give_the_same_verdicts(attack):
+    model, x, y = precise_case(20)
+    wanted = model(attack.perturb(model, x, y, seed=0)).argmax(1) != y
+    small = Small(model, 3).eval()
+    found = model(attack.perturb(small, x, y, seed=0)).argmax(1) != y
+    assert torch.equal(found, wanted)
+    too_many = [size for size in small.sizes if size > 3]
+    assert too_many.count(max(too_many)) <= 3, "tried once a loop, and then never again"
+
+
+def test_what_fewer_rows_do_not_mend_is_an_error():
+    model, x, y = precise_case(4)
+    attack = PGD(threat=NEAR, steps=2)
+    for run in (lambda net: attack.perturb(net, x, y, seed=0), lambda net: score_clean(net, x, y)):
+        with pytest.raises(GuardbenchError, match="one image alone does not fit"):
+            run(Small(model, 0).eval())
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            run(Small(nn.Linear(2, 2), 20).eval())
+
+
 def test_a_full_batch_waits_until_an_eighth_is_free_and_ends_with_jobs_side_by_side():
     script = Script([[1 + i % 5, 3] for i in range(64)], [[False, False]] * 64)
     x = torch.arange(64.0)[:, None, None, None]
@@ -283,7 +361,11 @@ ATTACKS: list[Attack] = [
     APGD(threat=NEAR, steps=20),
     APGD(threat=ThreatModel("l2", Fraction(1, 12)), steps=20),
     APGD(threat=NEAR, loss="dlr-targeted", steps=12, targets=3),
+    APGD(threat=NEAR, loss="dlr", steps=20),
     FAB(threat=NEAR, steps=12, targets=3),
+    DeepFool(threat=NEAR, steps=10),
+    DeepFool(threat=ThreatModel("l2", Fraction(1, 12)), steps=10),
+    SPSA(threat=NEAR, steps=4, samples=16),
     Square(threat=LINF, queries=60),
 ]
 
@@ -399,8 +481,8 @@ def test_what_cannot_work_is_one_clear_line():
     ):
         with pytest.raises(GuardbenchError, match="must be positive"):
             make()
-    with pytest.raises(GuardbenchError, match="FAB attacks in linf"):
-        FAB(threat=ThreatModel("l2", Fraction(1)))
+    with pytest.raises(GuardbenchError, match="needs at least 3 classes for its DLR loss, not 2"):
+        APGD(threat=LINF, loss="dlr").perturb(linear(2), x, y % 2, seed=0)
 
 
 # APGD step by step.
@@ -633,7 +715,7 @@ def watch(monkeypatch, module, seen: list[dict[str, Tensor]]) -> None:
     monkeypatch.setattr(module._Search, "advance", listen)
 
 
-@pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
+@pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
 def test_apgd_walks_as_pyautoattack_from_the_same_start(loss, digits, monkeypatch):
     model, x, y = digits
     eps = Fraction(1, 40)  # at which few are broken, so that most walk all 100 steps
@@ -644,8 +726,8 @@ def test_apgd_walks_as_pyautoattack_from_the_same_start(loss, digits, monkeypatc
     last = {k: v[seen[-1]["over"]] for k, v in seen[-1].items()}
     assert len(last["image"]) > 40
     options = {"norm": "Linf", "eps": float(eps), "device": "cpu"}
-    if loss == "ce":
-        theirs = APGDAttack(model, **options)
+    if loss != "dlr-targeted":
+        theirs = APGDAttack(model, loss=loss, **options)
     else:
         theirs = APGDAttack_targeted(model, **options)
         theirs.y_target = last["target"]
@@ -685,6 +767,28 @@ def test_fab_walks_as_pyautoattack(digits, monkeypatch):
         assert crossed.sum() >= (5 if steps == 1 else 20)
         expected = length(found - x, "linf")[crossed]
         assert nearest[steps][crossed].allclose(expected, rtol=1e-4), steps
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", "1/2"), ("l1", "3/2")])
+def test_norms_that_this_engine_lacks_are_pyautoattacks(norm, eps, digits):
+    model, x, y = digits
+    threat = ThreatModel(norm, Fraction(eps))
+    attacks = [FAB(threat=threat, steps=30), APGD(threat=threat, loss="dlr-targeted", targets=3)]
+    ran = [attack.run_by for attack in attacks]
+    assert ran == ["reference", "guardbench" if norm == "l2" else "reference"]
+    robust = [run_verified(attack, model, x, y, seed=0).robust for attack in attacks]
+    assert all(10 < part.sum() < 55 for part in robust), [int(part.sum()) for part in robust]
+    asked: list[int] = []
+    watched = nn.Sequential(model)
+    watched.register_forward_hook(lambda _, args, __: asked.append(len(args[0])))
+    watched.eval()
+    spent = []
+    for steps in (4, 40):
+        asked.clear()
+        APGD(threat=threat, steps=steps).perturb(watched, x[:5], y[:5], seed=0)
+        spent.append(sum(asked))
+    assert spent[1] > 2 * spent[0], "steps count in l1 too"
+    assert (robust[0] != robust[1]).sum() <= 6, "two attacks that both come near the exact answer"
 
 
 def test_as_strong_as_pyautoattack_part_by_part(digits):

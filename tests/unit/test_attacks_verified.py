@@ -154,6 +154,18 @@ def test_rescored_at_another_batch_size(count, size, expected):
     assert model.sizes == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(None, [4, 4, 2, 2, 2, 2, 2, 2]), (3, [4, 4, 2, 3, 3, 3, 1]), (64, [4, 4, 2, 5, 5, 1])],
+)
+def test_more_images_than_fit_at_once_are_scored_in_two_sizes_too(size, expected, monkeypatch):
+    monkeypatch.setattr("guardbench.attacks.base.rows_at_once", lambda _: 4)
+    model, x, y = case(10)
+    model.sizes.clear()
+    run_batch(Claims(lambda x: x), model, x, y, torch.arange(10), seed=0, rescore_batch_size=size)
+    assert model.sizes == expected
+
+
 class Batchwise(Brightness):
     """Its margin moves by `shift` when the batch holds fewer than 8 images."""
 
@@ -262,3 +274,22 @@ def test_nothing_to_attack():
     assert not none.clean.any()
     empty = run_verified(FGSM(threat=LINF), model, x[:0], y[:0], seed=0)
     assert empty.robust.shape == empty.clean.shape == empty.distance.shape == (0,)
+
+
+def test_where_the_faster_form_alone_is_fooled_the_model_itself_is_searched():
+    model, x, y = case(20)
+    attack = PGD(threat=LINF, steps=4, step=Fraction(2, 255))
+    index = torch.arange(20)
+
+    class Nearly(nn.Module):
+        """Its boundary is off, so that its searches end too early on one side."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return model(x) + torch.tensor([0.15, 0.0])
+
+    plain = run_batch(attack, model, x, y, index, seed=0)
+    fast = run_batch(attack, model, x, y, index, seed=0, searched=Nearly().eval())
+    assert 0 < plain.broken.sum() < 20
+    assert torch.equal(fast.broken, plain.broken)
+    fooled = run_verified(attack, Nearly().eval(), x, y, seed=0)
+    assert (fooled.robust < ~plain.broken).any()

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from guardbench.checks import IMAGES, MEANING, flags, inspect, judge
-from guardbench.protocol import load_protocol
+from guardbench.protocol import AttackSpec, load_protocol
 from guardbench.records import Check, Outcome, SeedRun
 from guardbench.threat import ThreatModel
 
@@ -155,6 +155,14 @@ def test_kinds_of_attack_are_compared_on_the_images_they_share() -> None:
     check = judge(blind, protocol)["black-box"]
     assert (check.value, check.images, check.flagged) == (0.6, 50, True)
     assert judge(seed_run(cw=range(0, 100)), protocol) == {}
+
+
+def test_a_transfer_attack_that_beats_white_box_ones_is_flagged_too() -> None:
+    protocol = load_protocol("digits")
+    surrogate = AttackSpec(name="moved", kind="transfer", params={})
+    wider = protocol.model_copy(update={"attacks": (*protocol.attacks, surrogate)})
+    check = judge(seed_run(pgd100=range(0, 90), moved=range(0, 40)), wider)["black-box"]
+    assert (check.value, check.images, check.flagged) == (0.5, 100, True)
 
 
 @pytest.mark.parametrize(("lead", "flagged"), [(6, False), (7, True)])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from guardbench.attacks.base import score_clean
 from guardbench.data import catalog
 from guardbench.data.catalog import CATALOG, CifarFiles
 from guardbench.data.dataset import RealDataset, load_split
@@ -196,3 +197,24 @@ def test_python_cifar_is_unpickled_only_when_it_is_the_official_one(
     with pytest.raises(GuardbenchError, match="data_batch_2: missing, or not the official file"):
         load("cifar10", "train", tmp_path, 32)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_selected_images_are_decoded_when_asked_for(tmp_path: Path, monkeypatch) -> None:
+    val = load("digits", "val", tmp_path, 8)
+    order = [7, 3, 11, 3]
+    some = val.select(order)
+    assert some.shape == (4, 1, 8, 8)
+    assert len(some) == 4
+    whole = val.batch(order)
+    assert torch.equal(some[1:3], whole[1:3])
+    assert torch.equal(some[torch.tensor([3, 0])], whole[[3, 0]])
+    assert torch.equal(some[torch.tensor([True, False, False, True])], whole[[0, 3]])
+    asked: list[int] = []
+    batch = RealDataset.batch
+    monkeypatch.setattr(
+        RealDataset, "batch", lambda self, rows: asked.append(len(rows)) or batch(self, rows)
+    )
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    right = score_clean(model, val.select(range(100)), val.labels[:100], batch_size=32)
+    assert right.shape == (100,)
+    assert max(asked) == 32, "never all at once"

@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from guardbench import metrics
 from guardbench.metrics import Measurement, WorstMeasurement, estimate, worst_case
-from guardbench.records import Outcome, SeedRun
+from guardbench.record_files import load_record
+from guardbench.records import Outcome, SeedRun, StageCost
 
 
 def outcome(correct, total, first=0, **more):
@@ -197,9 +199,56 @@ def test_beard_by_hand():
     assert metrics.crei(10, 50, alpha=0.25) == pytest.approx(40)
 
 
+def beard_record(square_first=0, engine="guardbench"):
+    """Two seeds; `pgd` on all ten images, `square` and `autoattack` on four; times by image."""
+    record = load_record(Path(__file__).parents[1] / "golden" / "record-v2.json")
+    seconds = {"clean": 0.5, "pgd": 2.0, "square": 3.0, "autoattack": 4.0}
+    seeds, cost = [], []
+    for seed in (0, 1):
+        attacks = {
+            "pgd": flags("1110000000"),
+            "square": flags("1100", first=square_first),
+            "autoattack": flags("1000"),
+        }
+        seeds.append(SeedRun(seed=seed, clean=flags("1111111100"), attacks=attacks))
+        for name, each in seconds.items():
+            total = 10 if name in ("clean", "pgd") else 4
+            words = {"stage": f"{name} {seed}", "seconds": each * total}
+            cost.append(StageCost(**words, peak_memory_bytes=1, device="cpu"))
+    engines = {"square": engine, "autoattack": engine}
+    made = record.provenance.model_copy(update={"engines": engines})
+    return record.model_copy(
+        update={"seeds": tuple(seeds), "cost": tuple(cost), "provenance": made}
+    )
+
+
+def test_beard_of_a_record_is_over_common_images_and_times_by_image():
+    found = metrics.beard(beard_record())
+    assert found is not None
+    # On the four common images: clean 4, pgd 3, square 2, autoattack 1 right: drops 25, 50, 75 points.
+    assert found.ratio == pytest.approx(100 * (1 - 50 / 75))
+    # Square's three seconds belong to AutoAttack's four as well: 2, 3 and 7, and 0.5 for clean.
+    assert found.efficiency == pytest.approx(100 * (4 - 0.5) / (7 - 0.5))
+    assert found.crei == pytest.approx((found.ratio + found.efficiency) / 2)
+    theirs = metrics.beard(beard_record(engine="reference"))
+    assert theirs is not None
+    assert theirs.efficiency == pytest.approx(100 * (3 - 0.5) / (4 - 0.5)), "it ran its own Square"
+
+
+def test_beard_is_silent_where_it_cannot_be_had():
+    record = beard_record()
+    assert metrics.beard(record.model_copy(update={"cost": record.cost[1:]})) is None
+    alone = [
+        run.model_copy(update={"attacks": {"pgd": run.attacks["pgd"]}}) for run in record.seeds
+    ]
+    assert metrics.beard(record.model_copy(update={"seeds": tuple(alone)})) is None, "one attack"
+    assert metrics.beard(beard_record(square_first=6)) is None, "no common image"
+
+
 def test_beard_with_equal_denominators_is_zero():
     assert metrics.robustness_ratio(80, [80, 80]) == 0
     assert metrics.attack_efficiency(2, [2, 1]) == 0
+    assert metrics.attack_efficiency(2, [1, 0.5]) == 0
     assert metrics.robustness_ratio(80, [50]) == 0
 
 

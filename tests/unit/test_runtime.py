@@ -163,3 +163,17 @@ def test_a_terminal_gets_a_bar_with_an_eta() -> None:
         bar.advance(3, "loss 0.1")
     assert "ETA" in sink.getvalue()
     assert "4/4" in sink.getvalue()
+
+
+def test_work_inside_a_unit_moves_the_eta_and_not_the_count(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("guardbench.progress.time.monotonic", lambda: now[0])
+    sink = io.StringIO()
+    with Progress(Console(file=sink, width=120)).stage("autoattack 0", 100, "images") as bar:
+        now[0] = 40.0
+        bar.within(25.0, "50 of 100 not yet broken")
+        now[0] = 90.0
+        bar.advance(50, "30 robust so far")
+    first, second, _ = sink.getvalue().splitlines()
+    assert first == "autoattack 0: 0/100 images, 2 min 00 s left  50 of 100 not yet broken"
+    assert second == "autoattack 0: 50/100 images, 1 min 30 s left  30 robust so far"

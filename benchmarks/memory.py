@@ -1,0 +1,77 @@
+"""Peak memory of an evaluation: it does not grow with the number of images.
+
+    python benchmarks/memory.py --protocol cifar10 --images 500 5000 --data-dir DATA
+
+For each number a process of its own scores a random ConvNet, clean and under PGD-5, with the parts that
+`guardbench evaluate` uses, and reports the largest memory in use after the first image; the last line is
+the ratio of the last to the first. PGD at 8/255 leaves few images, so the images decide and not the attack.
+"""
+
+import argparse
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from guardbench.attacks.base import plan_batches, run_batch, score_clean
+from guardbench.attacks.pgd import PGD
+from guardbench.data.catalog import dataset_info
+from guardbench.data.dataset import load_split
+from guardbench.models import build_model
+from guardbench.progress import Progress
+from guardbench.protocol import load_protocol
+from guardbench.runtime import MemoryMeter
+from guardbench.scoring import attack_batch
+from guardbench.threat import ThreatModel
+
+
+def alone(protocol_id: str, count: int, data_dir: Path | None) -> None:
+    """One measurement: prints the images that were attacked and the peak in bytes."""
+    protocol = load_protocol(protocol_id)
+    info = dataset_info(protocol.dataset)
+    test = load_split(
+        protocol.dataset, "val", resolution=protocol.resolution, data_dir=data_dir,
+        cache_dir=None, progress=Progress(),
+    )  # fmt: skip
+    x = test.select(range(count))
+    model = build_model(
+        "convnet-d3", channels=info.channels, classes=info.num_classes,
+        resolution=protocol.resolution, seed=0,
+    ).eval()  # fmt: skip
+    size = attack_batch(protocol.resolution)
+    with torch.no_grad():  # labels that the model gives: all images are attacked
+        y = torch.cat([model(x[first : first + size]).argmax(1) for first in range(0, count, size)])
+    meter = MemoryMeter(torch.device("cpu"))
+    clean = score_clean(model, x, y, batch_size=size)
+    attack = PGD(threat=ThreatModel("linf", Fraction(8, 255)), steps=5, step=Fraction(2, 255))
+    for index in plan_batches(clean, size):
+        run_batch(attack, model, x, y, index, seed=0)
+    print(int(clean.sum()), meter.peak())
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("--protocol", required=True)
+    words.add_argument("--images", type=int, nargs="+", default=[500, 5000])
+    words.add_argument("--data-dir", type=Path)
+    words.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    args = words.parse_args()
+    if args.alone:
+        alone(args.protocol, args.images[0], args.data_dir)
+        return
+    peaks = []
+    for count in args.images:
+        command = [sys.executable, __file__, "--alone", "--protocol", args.protocol]
+        command += ["--images", str(count)]
+        command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        attacked, peak = map(int, done.stdout.split())
+        peaks.append(peak)
+        print(f"{count} images, {attacked} attacked: {peak / 1e6:.0f} MB")
+    print(f"ratio {peaks[-1] / peaks[0]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Which classifier: the options that verbs share, and the model that they name, ready to be attacked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from guardbench import canonical
+from guardbench.attacks.robustbench import zoo_model
+from guardbench.data.catalog import dataset_info
+from guardbench.data.files import cache_root
+from guardbench.errors import GuardbenchError, brief
+from guardbench.imported import Imported, describe, from_file, from_python
+from guardbench.protocol import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which classifier: the options that verbs share. See `from_file`, `from_python`, `from_zoo`."""
+
+    weights: Path | None
+    arch: str | None
+    python: str | None
+    normalisation: str | None
+    name: str | None = None
+
+    @property
+    def zoo(self) -> str | None:
+        """The model of RobustBench's zoo that the architecture names."""
+        kind, _, name = (self.arch or "").partition(":")
+        return name if kind == "robustbench" else None
+
+    def require_one(self) -> None:
+        """Refuses none, two, or options that do not belong together."""
+        if [self.weights, self.python, self.zoo].count(None) != 2:
+            raise GuardbenchError(
+                "say which classifier: --weights FILE with --arch NAME, or --python, or --arch "
+                "robustbench:MODEL alone."
+            )
+        if self.python is not None and (self.arch or self.normalisation):
+            raise GuardbenchError(
+                "--python: the function's model has its own --arch and --normalisation."
+            )
+        if self.zoo is not None and self.normalisation:
+            raise GuardbenchError(f"--arch {self.arch}: the model has its own --normalisation.")
+        if self.weights is not None and self.arch is None:
+            raise GuardbenchError(f"--weights {self.weights}: say its --arch, such as resnet18.")
+
+
+def open_classifier(
+    source: Source, protocol: Protocol, device: torch.device, cache_dir: Path | None
+) -> Imported:
+    """The classifier on `device`, asked once, so that one that cannot take the images is told early.
+
+    Args:
+        cache_dir: see `files.cache_root`; models of RobustBench's zoo are kept below it.
+
+    Raises:
+        GuardbenchError: it cannot be had, or does not answer the protocol's images with logits.
+    """
+    source.require_one()
+    info = dataset_info(protocol.dataset)
+    if source.weights is not None:
+        assert source.arch is not None
+        imported = from_file(
+            source.weights,
+            source.arch,
+            channels=info.channels,
+            classes=info.num_classes,
+            resolution=protocol.resolution,
+            normalisation=source.normalisation,
+            name=_name(source.name or source.weights.stem),
+        )
+    elif source.zoo is not None:
+        imported = from_zoo(
+            source.zoo,
+            dataset=protocol.dataset,
+            norm=protocol.threat.norm,
+            folder=cache_root(cache_dir) / "robustbench",
+            name=_name(source.name or source.zoo),
+        )
+    else:
+        assert source.python is not None
+        imported = from_python(source.python, name=_name(source.name or source.python))
+    imported.model.to(device)
+    grey = torch.full((2, info.channels, protocol.resolution, protocol.resolution), 0.5)
+    _probe(imported, grey.to(device))
+    return imported
+
+
+def _probe(imported: Imported, images: Tensor) -> None:
+    try:
+        with torch.no_grad():
+            answers = imported.model(images)
+        shape = list(answers.shape)
+    # Broad on purpose: this is a stranger's model, and any error of it is theirs to hear of.
+    except Exception as error:
+        raise GuardbenchError(
+            f"{imported.described.arch}: cannot answer images {list(images.shape)} of this protocol: "
+            f"{type(error).__name__}: {brief(error)}."
+        ) from error
+    if len(shape) != 2 or shape[0] != len(images):
+        raise GuardbenchError(
+            f"{imported.described.arch}: must answer logits [{len(images)}, K], not {shape}."
+        )
+
+
+def _name(text: str) -> str:
+    """`text` as a record's name: lower case, other letters as dashes."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in text.lower())
+    return kept.lstrip("._+-")[:64] or "classifier"
+
+
+def from_zoo(model_name: str, *, dataset: str, norm: str, folder: Path, name: str) -> Imported:
+    """Takes a model out of RobustBench's zoo; see `attacks.robustbench.zoo_model`."""
+    model, path = zoo_model(model_name, dataset, norm, folder)
+    return describe(
+        model,
+        name=name,
+        arch=f"robustbench:{model_name}",
+        sha=canonical.file_digest(path) if path.is_file() else None,
+        weights=f"RobustBench's zoo, {dataset} {norm}",
+        said="the model's own",
+    )

@@ -1,0 +1,131 @@
+"""`guardbench curve`: robust accuracy over the radius, as a table, a plot and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guardbench.cli.options import Arch, CacheDir, DataDir, Device, Normalisation, Python, Weights
+from guardbench.errors import GuardbenchError
+
+
+def curve(
+    protocol: Annotated[
+        str, typer.Option(help="Whose images and norm: an id such as cifar10-8, or your FILE.toml.")
+    ],
+    weights: Weights = None,
+    arch: Arch = None,
+    python: Python = None,
+    normalisation: Normalisation = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="In the legend; by default the file's name.", show_default=False),
+    ] = None,
+    radii: Annotated[
+        str | None,
+        typer.Option(
+            help="Rising, such as 0.5/255,1/255,2/255; by default from a quarter to 32 times the "
+            "protocol's.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(help="The first of the protocol's images; by default all.", min=1),
+    ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="A curve made before, drawn too; may be repeated.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    cache_dir: CacheDir = None,
+    output: Annotated[
+        Path, typer.Option(help="The curve as JSON; its plot goes beside it as PNG.")
+    ] = Path("curve.json"),
+) -> None:
+    """Attack a classifier at rising radii and draw its security curve.
+
+    PGD goes on from one radius to the next with the images that are left. The curve shows how accuracy
+    falls, and whether it falls to nothing, as it must; the number for a comparison is AutoAttack's, by
+    `guardbench evaluate`.
+
+    Example: guardbench curve --protocol digits --weights guard.safetensors --arch convnet-d3-bn-small
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    import guardbench
+    from guardbench.attacks.stream import telling
+    from guardbench.classifiers import Source, open_classifier
+    from guardbench.curve import (
+        STEPS,
+        Curve,
+        draw_curves,
+        load_curve,
+        points_of,
+        require_alike,
+        rising_radii,
+        save_curve,
+        security_curve,
+    )
+    from guardbench.data.dataset import load_split
+    from guardbench.metrics import wilson
+    from guardbench.pipeline import choose_protocol
+    from guardbench.progress import Progress
+    from guardbench.runtime import device_name, make_accelerator
+    from guardbench.scoring import attack_batch, searchable
+    from guardbench.store import check_writable
+
+    source = Source(
+        weights=weights, arch=arch, python=python, normalisation=normalisation, name=name
+    )
+    source.require_one()
+    chosen = choose_protocol(None, protocol)
+    threat = chosen.threat.model
+    wanted = rising_radii(radii, threat)
+    if output.suffix != ".json":
+        raise GuardbenchError(f"--output {output}: must end in .json; the plot ends in .png.")
+    earlier = [(path, load_curve(path)) for path in beside or []]
+    check_writable(output.parent)
+    where = make_accelerator(device, "fp32", chosen.resolution).device
+    imported = open_classifier(source, chosen, where, cache_dir)
+    console = Console(emoji=False)
+    progress = Progress(console)
+    test = load_split(
+        chosen.dataset, "val", resolution=chosen.resolution, data_dir=data_dir,
+        cache_dir=cache_dir, progress=progress, per_class=1,
+    )  # fmt: skip
+    order = chosen.test_indices(test.ids)[:images]
+    x, y = test.select(order), test.labels[order]
+    alike = {"protocol_sha256": chosen.digest, "norm": threat.norm, "steps": STEPS, "total": len(x)}
+    require_alike(earlier, alike)
+    size = attack_batch(x.shape[-1])
+    with progress.stage("curve", len(x), "images") as bar:
+
+        def tell(share: float, alive: int) -> None:
+            bar.within(share * min(size, len(x) - bar.done), f"{alive} of a batch not yet broken")
+
+        with telling(tell):
+            found = security_curve(
+                imported.model, x, y, threat.norm, wanted,
+                searched=searchable(imported.model, x[:8].to(where)),
+                batch_size=size, told=bar.advance,
+            )  # fmt: skip
+    made = Curve(
+        classifier=imported.described.name, weights_sha256=imported.described.weights_sha256,
+        protocol=chosen.id, **alike, points=points_of(found, wanted), guardbench=guardbench.__version__,
+        device=device_name(where),
+    )  # fmt: skip
+    table = Table("eps", "accuracy %", "95% interval")
+    for point in made.points:
+        low, high = wilson(point.correct / made.total, made.total)
+        table.add_row(
+            point.eps, f"{100 * point.correct / made.total:.1f}", f"{low:.1f} to {high:.1f}"
+        )
+    console.print(table)
+    save_curve(output, made)
+    draw_curves(output.with_suffix(".png"), [made, *(curve for _, curve in earlier)])
+    console.print(f"curve  {output}\nplot   {output.with_suffix('.png')}", highlight=False)

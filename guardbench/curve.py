@@ -1,0 +1,230 @@
+"""Security curves: robust accuracy over the radius, without starting anew at each one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from guardbench import canonical
+from guardbench.attacks.base import Images, plan_batches, run_batch, score_clean
+from guardbench.attacks.build import parse_fraction
+from guardbench.attacks.stream import within
+from guardbench.attacks.warm import WarmPGD
+from guardbench.errors import GuardbenchError
+from guardbench.figures import new_figure, save_png
+from guardbench.metrics import wilson
+from guardbench.protocol import first_problem
+from guardbench.records import Line, Name, Sha256, Strict, only_const
+from guardbench.store import read_text, write_text
+from guardbench.threat import Norm, ThreatModel
+
+SHARES = ("1/4", "1/2", "3/4", "1", "3/2", "2", "3", "4", "6", "8", "16", "32")
+"""Radii of a curve, unless told, in radii of the protocol; in l-inf none over 1, where every image is any
+other."""
+STEPS = 40
+MOST, FARTHEST = 200, 1000
+"""How many radii a curve may have, and the largest."""
+
+
+class Point(Strict):
+    """One radius.
+
+    Attributes:
+        eps: a fraction such as `1/255`; `0` for clean.
+        correct: images still right, of the curve's total.
+    """
+
+    eps: str = Field(pattern=r"^\d{1,18}(/[1-9]\d{0,17})?$")
+    correct: int = Field(ge=0)
+
+
+class Curve(Strict):
+    """Robust accuracy of one classifier under PGD at rising radii.
+
+    Attributes:
+        classifier: what its owner calls it.
+        weights_sha256: of the file, None where there is none.
+        protocol, protocol_sha256: whose images, in its order.
+        norm: of the radii.
+        steps: of PGD at each radius.
+        total: images.
+        points: by rising radius, clean first; never rising.
+    """
+
+    schema_version: Literal[1] = Field(default=1, json_schema_extra=only_const)
+    classifier: Name
+    weights_sha256: Sha256 | None
+    protocol: Name
+    protocol_sha256: Sha256
+    norm: Norm
+    steps: int = Field(ge=1)
+    total: int = Field(ge=1)
+    points: tuple[Point, ...] = Field(min_length=2, max_length=MOST + 1)
+    guardbench: Line
+    device: Line
+
+    @model_validator(mode="after")
+    def _falls(self) -> Curve:
+        radii = [Fraction(point.eps) for point in self.points]
+        counts = [point.correct for point in self.points]
+        if radii[0] != 0 or radii != sorted(set(radii)):
+            raise ValueError("points: radii must begin at 0 and rise")
+        if counts != sorted(counts, reverse=True) or counts[0] > self.total:
+            raise ValueError("points: what is broken at one radius is broken at every larger one")
+        return self
+
+
+def rising_radii(text: str | None, threat: ThreatModel) -> tuple[Fraction, ...]:
+    """The radii that `text` lists, such as `0.5/255,1/255`; by default `SHARES` of the protocol's.
+
+    Raises:
+        GuardbenchError: they are not positive and rising.
+    """
+    if text is None:
+        wanted = [Fraction(share) * threat.eps for share in SHARES]
+        return tuple(eps for eps in wanted if eps <= 1 or threat.norm != "linf")
+    radii = tuple(parse_fraction(part) for part in text.split(","))
+    if radii[0] <= 0 or any(a >= b for a, b in pairwise(radii)):
+        raise GuardbenchError(f"--radii {text}: must be positive and rise.")
+    if len(radii) > MOST or radii[-1] > FARTHEST or max(eps.denominator for eps in radii) > 10**15:
+        raise GuardbenchError(
+            f"--radii: at most {MOST}, none over {FARTHEST}, as fractions of at most 15 digits."
+        )
+    return radii
+
+
+def security_curve(
+    model: nn.Module,
+    x: Images,
+    y: Tensor,
+    norm: Norm,
+    radii: Sequence[Fraction],
+    *,
+    searched: nn.Module | None = None,
+    steps: int = STEPS,
+    batch_size: int = 256,
+    told: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """At which radius each image is broken.
+
+    At each radius PGD attacks the images that no smaller one has broken, from where it stood at the last
+    one; an image broken once is broken at every larger radius, whose ball holds the smaller. Biggio &
+    Roli, Pattern Recognition 2018 (arXiv:1712.03141), section 4.4, ask for such curves. An image that
+    survives all costs `steps * len(radii)` gradients.
+
+    Args:
+        model: in eval mode; the verdicts are its own (`run_batch`). Where two scorings of an image differ,
+            as of a model that answers at random, it counts as broken when one is wrong.
+        x, y: images [N, C, H, W] in [0, 1] and labels [N].
+        radii: rising.
+        searched: see `run_batch`.
+        batch_size: images at a time; no more are decoded at once.
+        told: hears how many images a finished batch had; first of those wrong when clean.
+
+    Returns:
+        int64 [N]: 0 for wrong when clean, k for broken at `radii[k - 1]`, `len(radii) + 1` for none.
+    """
+    clean = score_clean(model, x, y, batch_size=batch_size)
+    found = torch.where(clean, len(radii) + 1, 0)
+    told(int((~clean).sum()))
+    for index in plan_batches(clean, batch_size):
+        attack = WarmPGD(ThreatModel(norm, radii[0]), x[index], steps)
+        left = index
+        for place, eps in enumerate(radii, start=1):
+            attack.threat = ThreatModel(norm, eps)
+            with within((place - 1) / len(radii), place / len(radii)):
+                outcome = run_batch(
+                    attack, model, x, y, left, seed=0, searched=searched, steady=False
+                )
+            found[left[outcome.broken]] = place
+            left = left[~outcome.broken]
+            if not len(left):
+                break
+        told(len(index))
+    return found
+
+
+def points_of(found: Tensor, radii: Sequence[Fraction]) -> tuple[Point, ...]:
+    """The curve's points out of what `security_curve` gives."""
+    counts = [int((found > place).sum()) for place in range(len(radii) + 1)]
+    return tuple(
+        Point(eps=str(eps), correct=count)
+        for eps, count in zip([Fraction(0), *radii], counts, strict=True)
+    )
+
+
+def save_curve(path: Path, curve: Curve) -> None:
+    """Writes a curve as canonical JSON."""
+    write_text(path, canonical.dumps(curve.model_dump(mode="json")))
+
+
+def load_curve(path: Path) -> Curve:
+    """Reads and checks a curve.
+
+    Raises:
+        GuardbenchError: it cannot be read, or a field is wrong.
+    """
+    try:
+        return Curve.model_validate(json.loads(read_text(path, what="curve", limit=1 << 20)))
+    except ValidationError as error:
+        reason = first_problem(error)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise GuardbenchError(f"{path}: not a curve of `guardbench curve`: {reason}.")
+
+
+def require_alike(curves: Sequence[tuple[Path, Curve]], words: dict[str, object]) -> None:
+    """Refuses curves that do not belong into one figure with a curve of these fields.
+
+    Args:
+        words: `protocol_sha256`, `norm`, `steps` and `total` of the other.
+    """
+    for path, curve in curves:
+        for field, wanted in words.items():
+            if (found := getattr(curve, field)) != wanted:
+                raise GuardbenchError(
+                    f"--beside {path}: its {field} is {found}, here it is {wanted}; draw them apart."
+                )
+
+
+def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
+    """Draws curves into a PNG, each with its 95% Wilson band; `require_alike` says which belong together."""
+    first = curves[0]
+    figure = new_figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    ticks: dict[float, str] = {}
+    for curve in curves:
+        radii = [float(Fraction(point.eps)) for point in curve.points]
+        shares = [point.correct / curve.total for point in curve.points]
+        bands = [wilson(share, curve.total) for share in shares]
+        (line,) = axes.plot(
+            radii, [100 * s for s in shares], marker="o", markersize=3.5, label=curve.classifier
+        )
+        low, high = zip(*bands, strict=True)
+        axes.fill_between(radii, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        ticks |= {float(Fraction(p.eps)): _in_255ths(Fraction(p.eps)) for p in curve.points}
+    # Linear up to the smallest radius, so that clean accuracy has a place; logarithmic beyond.
+    axes.set_xscale("symlog", linthresh=min(value for value in ticks if value), linscale=0.5)
+    axes.set_xticks([*ticks], [*ticks.values()])
+    axes.minorticks_off()
+    unit = " x 255" if first.norm == "linf" else ""
+    axes.set_xlabel(f"radius in {first.norm}{unit}")
+    axes.set_ylabel(f"accuracy under PGD-{first.steps}, %")
+    axes.set_ylim(0, 100)
+    axes.grid(alpha=0.3)
+    axes.set_title(f"{first.protocol}, {first.total} images", fontsize=10)
+    axes.legend(frameon=False)
+    save_png(path, figure)
+
+
+def _in_255ths(eps: Fraction) -> str:
+    value = float(255 * eps)
+    return f"{value:g}" if value < 1000 else f"{value:.0f}"

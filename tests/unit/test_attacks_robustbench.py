@@ -1,0 +1,206 @@
+"""RobustBench through its adapter: importable, exact on a linear model, hostile files refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from guardbench.attacks.robustbench import benchmark, corruptions, robustbench, zoo_model
+from guardbench.classifiers import Source, open_classifier
+from guardbench.cli import app
+from guardbench.errors import GuardbenchError
+from guardbench.protocol import load_protocol
+from guardbench.record_files import save_record
+from guardbench.records import (
+    Classifier,
+    ClassifierRecord,
+    Outcome,
+    Provenance,
+    SeedRun,
+    TestSet,
+)
+from guardbench.threat import ThreatModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_it_imports_without_leaving_its_stand_ins_behind():
+    package = robustbench()
+    assert callable(package.eval.benchmark)
+    for name in ("autoattack", "pkg_resources"):
+        assert name not in sys.modules or importlib.util.find_spec(name) is not None
+
+
+def linear() -> nn.Module:
+    layer = nn.Linear(12, 10)
+    generator = torch.Generator().manual_seed(0)
+    layer.weight.data = 20 * torch.randn(10, 12, generator=generator)
+    layer.bias.data = -0.5 * layer.weight.data.sum(1)
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+def test_its_benchmark_gives_the_exact_robust_accuracy_of_a_linear_model():
+    model = linear()
+    x = 0.3 + 0.4 * torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        y[::8] = (y[::8] + 1) % 10
+        logits = model(x)
+    weight = model[1].weight.detach()
+    gaps = logits.gather(1, y[:, None]) - logits
+    reach = (weight[y][:, None] - weight[None]).abs().sum(2)
+    distance = torch.where(reach > 0, gaps / reach, torch.inf).amin(1)
+    eps = Fraction(float(distance[distance > 0].median()) * 1.001).limit_denominator(10**6)
+    clean, robust = benchmark(model, x, y, ThreatModel("linf", eps), batch_size=16)
+    assert clean == pytest.approx(35 / 40)
+    assert robust == pytest.approx(float((distance > float(eps)).float().mean()))
+    assert 0.3 < robust < 0.6
+    original = robustbench().eval.load_clean_dataset
+    assert original.__module__ == "robustbench.data", "its own loader is back"
+    with pytest.raises(GuardbenchError, match="measures linf and l2, not l1"):
+        benchmark(model, x, y, ThreatModel("l1", Fraction(1)))
+
+
+def test_a_model_of_the_zoo_comes_with_the_weights_in_the_cache(tmp_path, capsys):
+    package = robustbench()
+    made = package.utils.all_models[package.model_zoo.enums.BenchmarkDataset("cifar10")][
+        package.model_zoo.enums.ThreatModel("Linf")
+    ]["Addepalli2022Efficient_RN18"]["model"]()
+    path = tmp_path / "robustbench" / "cifar10" / "Linf" / "Addepalli2022Efficient_RN18.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in made.state_dict().items()}}, path)
+    source = Source(
+        weights=None, arch="robustbench:Addepalli2022Efficient_RN18", python=None,
+        normalisation=None,
+    )  # fmt: skip
+    protocol = load_protocol("cifar10-8")
+    found = open_classifier(source, protocol, torch.device("cpu"), tmp_path)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found.model(x), made.eval()(x))
+    assert found.described.name == "addepalli2022efficient_rn18"
+    assert found.described.weights_sha256 is not None
+
+    class Hostile:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    torch.save({"state_dict": Hostile()}, path)
+    with pytest.raises(GuardbenchError, match="its weights could not be had") as error:
+        open_classifier(source, protocol, torch.device("cpu"), tmp_path)
+    assert str(path) in str(error.value)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_what_the_zoo_lacks_is_one_line(tmp_path):
+    with pytest.raises(GuardbenchError, match="Did you mean Wong2020Fast"):
+        zoo_model("Wong2020Fats", "cifar10", "linf", tmp_path)
+    with pytest.raises(GuardbenchError, match="not for imagenette in linf"):
+        zoo_model("Wong2020Fast", "imagenette", "linf", tmp_path)
+
+
+@pytest.fixture
+def corrupted(tmp_path):
+    """CIFAR-10-C in small: 4 images of 2 x 2 a severity, darker with each."""
+    names = robustbench().data.CORRUPTIONS
+    labels = np.tile(np.array([1, 1, 0, 1]), 5)
+    for place, name in enumerate(names):
+        level = np.repeat([250, 200, 150, 100, 50 + 10 * place], 4).astype(np.uint8)
+        images = np.broadcast_to(level[:, None, None, None], (20, 2, 2, 3))
+        np.save(tmp_path / f"{name}.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    return tmp_path, names
+
+
+class Bright(nn.Module):
+    """Class 1 if the mean pixel is above one half."""
+
+    def forward(self, x):
+        level = x.flatten(1).mean(1) - 0.5
+        return torch.stack([-level, level], 1)
+
+
+def test_corruptions_are_told_by_file_and_severity(corrupted):
+    folder, names = corrupted
+    heard: list[str] = []
+    found = corruptions(Bright().eval(), folder, resolution=2, told=heard.append)
+    assert heard == list(names) == list(found)
+    for place, name in enumerate(names):
+        last = 0.75 if 50 + 10 * place > 127.5 else 0.25
+        assert found[name] == (0.75, 0.75, 0.75, 0.25, last)
+    first = corruptions(Bright().eval(), folder, resolution=2, count=2)
+    assert first[names[0]] == (1, 1, 1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda f: (f / "snow.npy").unlink(), "snow.npy: cannot be read"),
+        (lambda f: np.save(f / "snow.npy", np.zeros((20, 2, 2), np.uint8)), "with 4 axes"),
+        (
+            lambda f: np.save(f / "fog.npy", np.zeros((15, 2, 2, 3), np.uint8)),
+            r"expected \[20, 2, 2, 3\]",
+        ),
+        (lambda f: np.save(f / "fog.npy", np.zeros((20, 4, 4, 3), np.uint8)), r"expected \[20, 2"),
+        (lambda f: (f / "snow.npy").write_bytes(b""), "snow.npy: cannot be read"),
+        (lambda f: (f / "snow.npy").write_bytes(b"PK\x03\x04"), "snow.npy: cannot be read"),
+        (lambda f: [np.save(p, np.load(p)[:0]) for p in f.glob("*.npy")], "expected"),
+        (lambda f: np.save(f / "labels.npy", np.array([print] * 20)), "cannot be read"),
+    ],
+)
+def test_a_folder_that_is_no_cifar10c_is_one_line(corrupted, spoil, line):
+    spoil(corrupted[0])
+    with pytest.raises(GuardbenchError, match=line):
+        corruptions(Bright().eval(), corrupted[0], resolution=2)
+
+
+def record(**more) -> ClassifierRecord:
+    protocol = load_protocol("digits")
+    robust = Outcome.from_flags([True] * 30 + [False] * 70, first=0)
+    clean = Outcome.from_flags([True] * 80 + [False] * 20 + [True] * 200)
+    words = {
+        "protocol": "digits", "protocol_sha256": protocol.digest, "dataset": "digits",
+        "resolution": 8, "cost": (), "seeds": (
+            SeedRun(seed=0, clean=clean, attacks={"autoattack": robust}),
+        ),
+        "test": TestSet(data_sha256="0" * 64, list_sha256="0" * 64, total=300),
+        "provenance": Provenance(
+            guardbench="0", commit=None, versions={}, python="3", platform="x", device="cpu",
+            precision={}, threads=1, engines={},
+        ),
+        "classifier": Classifier(
+            name="mine", arch="resnet18", weights_sha256=None, weights="x", normalisation="x",
+            parameters=1,
+        ),
+    }  # fmt: skip
+    return ClassifierRecord(**{**words, **more})
+
+
+def test_a_record_becomes_model_info(tmp_path):
+    save_record(tmp_path / "mine.json", record())
+    words = ["robustbench", "export", str(tmp_path / "mine.json"), "--paper", "Ours"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    # Clean accuracy on the hundred images that AutoAttack saw, 80 of them right.
+    assert found == {
+        "name": "Ours", "dataset": "digits", "architecture": "resnet18", "eps": "16/255",
+        "clean_acc": "80.00", "autoattack_acc": "30.00", "number_forward_passes": 1,
+    }  # fmt: skip
+    column = {"other": Outcome.from_flags([True] * 30 + [False] * 70)}
+    clean = Outcome.from_flags([True] * 300)
+    bare = SeedRun(seed=0, clean=clean, attacks=column)
+    save_record(tmp_path / "bare.json", record(seeds=(bare,)))
+    result = CliRunner().invoke(app, ["robustbench", "export", str(tmp_path / "bare.json")])
+    assert isinstance(result.exception, GuardbenchError)
+    save_record(tmp_path / "old.json", record(protocol_sha256="1" * 64))
+    result = CliRunner().invoke(app, ["robustbench", "export", str(tmp_path / "old.json")])
+    assert isinstance(result.exception, GuardbenchError)

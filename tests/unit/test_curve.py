@@ -1,0 +1,187 @@
+"""Security curves: exact on a linear model, never rising, refused when they contradict themselves."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from guardbench.attacks import warm
+from guardbench.cli import app
+from guardbench.curve import (
+    Curve,
+    Point,
+    draw_curves,
+    load_curve,
+    points_of,
+    require_alike,
+    rising_radii,
+    save_curve,
+    security_curve,
+)
+from guardbench.errors import GuardbenchError
+from guardbench.threat import ThreatModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def linear_case(norm: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Two linear classes, some images wrong, and every right one's exact distance to the boundary."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 2)
+    layer.bias.data = -0.5 * layer.weight.data.sum(1)
+    model = nn.Sequential(nn.Flatten(), layer).eval()
+    x = 0.45 + 0.1 * torch.rand(80, 3, 2, 2)
+    with torch.no_grad():
+        logits = model(x)
+    y = logits.argmax(1)
+    normal = (layer.weight[0] - layer.weight[1]).detach()
+    dual = normal.abs().sum() if norm == "linf" else normal.norm()
+    distance = (logits[:, 0] - logits[:, 1]).abs() / dual
+    y[::9] = 1 - y[::9]
+    distance[::9] = 0
+    return model, x, y, distance
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_of_a_linear_model_every_image_breaks_at_its_own_radius(norm):
+    model, x, y, distance = linear_case(norm)
+    largest = float(distance.max())
+    radii = [Fraction(share * largest).limit_denominator(10**6) for share in (0.1, 0.3, 0.6, 1.2)]
+    clear = torch.tensor([[abs(float(d) / float(r) - 1) > 0.01 for r in radii] for d in distance])
+    expected = torch.tensor(
+        [0 if d == 0 else 1 + sum(float(d) > float(r) for r in radii) for d in distance]
+    )
+    heard: list[int] = []
+    found = security_curve(model, x, y, norm, radii, batch_size=30, told=heard.append)
+    assert torch.equal(found[clear.all(1)], expected[clear.all(1)])
+    assert clear.all(1).sum() > 70
+    assert heard == [9, 30, 30, 11]
+    points = points_of(found, radii)
+    assert points[0] == Point(eps="0", correct=71)
+    assert points[-1].correct == 0, "beyond the farthest image nothing is left"
+
+
+def test_survivors_go_on_from_where_they_stood(monkeypatch):
+    model, x, y, distance = linear_case("linf")
+    far = float(distance.max())
+    radii = [Fraction(share * far).limit_denominator(10**6) for share in (0.4, 0.7, 1.1)]
+    starts: list[Tensor] = []
+    kept = warm.search
+
+    def listen(model, x, y, state, **more):
+        starts.append(state[0].clone())
+        found = kept(model, x, y, state, **more)
+        starts.append(found[0].clone())
+        return found
+
+    monkeypatch.setattr(warm, "search", listen)
+    found = security_curve(model, x, y, "linf", radii, steps=3)
+    begun, ended = starts[::2], starts[1::2]
+    assert len(begun) == 3
+    assert torch.equal(begun[0], x[found > 0])
+    assert torch.equal(begun[1], ended[0][found[found > 0] > 1])
+    assert torch.equal(begun[2], ended[1][found[found > 1] > 2])
+    assert 0 < len(begun[2]) < len(begun[1]) < len(begun[0])
+
+
+class Noisy(nn.Module):
+    """A linear model whose logits move by more than their margin."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) + 0.1 * torch.randn(len(x), 2)
+
+
+def test_a_model_that_answers_at_random_has_a_curve_too():
+    model, x, y, _ = linear_case("linf")
+    torch.manual_seed(0)
+    found = security_curve(Noisy(model).eval(), x, y, "linf", [Fraction(1, 100)], steps=2)
+    assert (found < 2).sum() > 20
+
+
+def curve(**more) -> Curve:
+    words = {
+        "classifier": "a", "weights_sha256": None, "protocol": "p", "protocol_sha256": "0" * 64,
+        "norm": "linf", "steps": 40, "total": 10, "guardbench": "0", "device": "cpu",
+        "points": (Point(eps="0", correct=9), Point(eps="1/255", correct=4)),
+    }  # fmt: skip
+    return Curve(**{**words, **more})
+
+
+def test_a_curve_comes_back_from_its_file_and_is_drawn_beside_others(tmp_path):
+    first = curve()
+    other = curve(classifier="b", points=(Point(eps="0", correct=8), Point(eps="2/255", correct=0)))
+    save_curve(tmp_path / "a.json", first)
+    assert load_curve(tmp_path / "a.json") == first
+    draw_curves(tmp_path / "a.png", [first, other])
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 900
+    alike = {"norm": "linf", "total": 10, "steps": 40, "protocol_sha256": "0" * 64}
+    require_alike([(tmp_path / "a.json", first)], alike)
+    for field, value in {"norm": "l2", "total": 9, "steps": 3, "protocol_sha256": "1" * 64}.items():
+        with pytest.raises(GuardbenchError, match=f"its {field} is .*; draw them apart"):
+            require_alike([(tmp_path / "a.json", first)], {**alike, field: value})
+
+
+@pytest.mark.parametrize(
+    ("points", "line"),
+    [
+        ([("0", 4), ("1/255", 5)], "broken at every larger one"),
+        ([("0", 11), ("1/255", 5)], "broken at every larger one"),
+        ([("0", 4), ("1/0", 3)], "eps"),
+        ([("0", 4), ("9" * 400, 3)], "eps"),
+        ([("1/255", 4), ("2/255", 3)], "must begin at 0 and rise"),
+        ([("0", 4), ("2/255", 3), ("1/255", 2)], "must begin at 0 and rise"),
+    ],
+)
+def test_a_curve_that_contradicts_itself_is_refused(tmp_path, points, line):
+    text = curve().model_dump(mode="json")
+    text["points"] = [{"eps": eps, "correct": correct} for eps, correct in points]
+    import json
+
+    (tmp_path / "c.json").write_text(json.dumps(text))
+    with pytest.raises(GuardbenchError, match=line):
+        load_curve(tmp_path / "c.json")
+
+
+def test_radii():
+    threat = ThreatModel("linf", Fraction(8, 255))
+    assert rising_radii("0.5/255,1/255", threat) == (Fraction(1, 510), Fraction(1, 255))
+    default = rising_radii(None, threat)
+    assert threat.eps in default
+    assert max(default) <= 1
+    wide = rising_radii(None, ThreatModel("l2", Fraction(1, 2)))
+    assert max(wide) == 16, "in l2 a radius of 1 is no limit"
+    for wrong in ("1e400", ",".join(f"{k}/255" for k in range(1, 300)), f"1/{'9' * 30}"):
+        with pytest.raises(GuardbenchError, match="at most 200, none over 1000"):
+            rising_radii(wrong, threat)
+    for wrong in ("2/255,1/255", "0,1/255", "1/255,1/255"):
+        with pytest.raises(GuardbenchError, match="must be positive and rise"):
+            rising_radii(wrong, threat)
+
+
+def test_the_verb_prints_a_table_and_writes_both_files(tmp_path, monkeypatch):
+    (tmp_path / "flat.py").write_text(
+        "import torch\n"
+        "def network():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["curve", "--protocol", "digits", "--python", "flat:network", "--images", "40"]
+    result = CliRunner().invoke(app, [*words, "--radii", "1/255,8/255,64/255"])
+    assert result.exit_code == 0, result.output
+    made = load_curve(tmp_path / "curve.json")
+    assert [point.eps for point in made.points] == ["0", "1/255", "8/255", "64/255"]
+    assert made.total == 40
+    assert (tmp_path / "curve.png").is_file()
+    again = CliRunner().invoke(app, [*words, "--radii", "1/255", "--beside", "no.json"])
+    assert isinstance(again.exception, GuardbenchError)
