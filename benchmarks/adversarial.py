@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from guardbench.attacks.ball import project, random_start
+from guardbench.ball import project, random_start
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.models import build_model, save_weights

@@ -15,52 +15,13 @@ pixels at 224 px is about 0.45/255 a pixel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from guardbench.errors import GuardbenchError
 from guardbench.models import running_statistics_kept
-from guardbench.protocol import parse_fraction
-from guardbench.registry import REGULARISERS, resolve
-
-LossAt = Callable[[Tensor], Tensor]
-
-
-class Regulariser(Protocol):
-    """Adds a term to a loss on real images and leaves the gradient of the sum in `.grad`."""
-
-    def backward(self, model: nn.Module, loss_at: LossAt, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Accumulates the gradient of loss plus penalty in the model's parameters.
-
-        Args:
-            model: in training mode; what `loss_at` calls.
-            loss_at: mean loss of the batch as a function of its images [N, C, H, W] in [0, 1].
-            images: the batch.
-
-        Returns:
-            The plain loss and the weighted penalty, detached scalars.
-        """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plain:
-    """No regulariser: the loss alone."""
-
-    def backward(
-        self,
-        model: nn.Module,  # noqa: ARG002 - the interface gives it
-        loss_at: LossAt,
-        images: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Regulariser.backward`; the penalty is 0."""
-        loss = loss_at(images)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), torch.zeros_like(loss)
+from guardbench.regularisers.base import Batch, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +44,26 @@ class FirstOrderCurvature:
     weight: float
     h: float
 
-    def backward(self, model: nn.Module, loss_at: LossAt, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __post_init__(self) -> None:
+        require_positive(weight=self.weight, h=self.h)
+
+    @property
+    def cost(self) -> float:
+        """See `Regulariser.cost`."""
+        return 2.0
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Regulariser.backward`."""
-        images = images.detach().requires_grad_()
-        loss = loss_at(images)
+        images = batch.images.detach().requires_grad_()
+        loss = batch.loss(images)
         loss.backward()  # type: ignore[no-untyped-call]
         assert images.grad is not None
-        with running_statistics_kept(model):
-            moved = loss_at(images.detach() + step_along(images.grad, self.h))
+        with running_statistics_kept(batch.model):
+            moved = batch.loss(images.detach() + step_along(images.grad, self.h))
         rise = moved.detach() - loss.detach()
         signed = self.weight * torch.sign(rise)
-        for parameter in model.parameters():
+        for parameter in batch.model.parameters():
             if parameter.grad is not None:
-                # Exact only where .grad held nothing before this batch, as in squeeze.
                 parameter.grad.mul_(1 - signed)
         (signed * moved).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), self.weight * rise.abs()
@@ -116,37 +84,27 @@ class DoubleBackwardCurvature:
     weight: float
     h: float
 
-    def backward(self, model: nn.Module, loss_at: LossAt, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __post_init__(self) -> None:
+        require_positive(weight=self.weight, h=self.h)
+
+    @property
+    def cost(self) -> float:
+        """See `Regulariser.cost`."""
+        return 4.0
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Regulariser.backward`."""
-        count = len(images)
-        images = images.detach().requires_grad_()
-        loss = loss_at(images)
+        count = len(batch.images)
+        images = batch.images.detach().requires_grad_()
+        loss = batch.loss(images)
         (here,) = torch.autograd.grad(loss * count, images, create_graph=True)
         there_images = (images.detach() + step_along(here.detach(), self.h)).requires_grad_()
-        with running_statistics_kept(model):
-            moved = loss_at(there_images)
+        with running_statistics_kept(batch.model):
+            moved = batch.loss(there_images)
         (there,) = torch.autograd.grad(moved * count, there_images, create_graph=True)
         penalty = self.weight * (there - here).flatten(1).square().sum(1).mean()
         (loss + penalty).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), penalty.detach()
-
-
-def build_regulariser(words: Mapping[str, str | float | int]) -> Regulariser:
-    """The regulariser that a recipe's `[regulariser]` table names.
-
-    Args:
-        words: `kind`, and the parameters of that kind; `h` may be a fraction such as `"0.45/255"`.
-
-    Raises:
-        GuardbenchError: unknown kind, or a parameter is missing, unknown or no number.
-    """
-    kind = str(words.get("kind", "none"))
-    regulariser = resolve(REGULARISERS, "regulariser", kind)
-    try:
-        numbers = {k: float(parse_fraction(str(v))) for k, v in words.items() if k != "kind"}
-        return cast(Regulariser, regulariser(**numbers))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise GuardbenchError(f"regulariser {kind}: {error}.") from error
 
 
 def step_along(gradient: Tensor, h: float) -> Tensor:

@@ -179,6 +179,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         train_images=info.train_count,
         train_digest=train_digest,
         ipc=settings.ipc,
+        threat=protocol.threat.model,
     )
     if method.distiller not in DISTILLERS:
         raise unknown("distiller", method.distiller, DISTILLERS)
@@ -198,7 +199,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
             protocol,
             artifact=distilling[-1].folder.key,
             images=settings.ipc * len(classes),
-            teacher=True,
+            teacher=distiller.label_kind(task) == "teacher",
             test_digest=test_digest,
             engine=settings.engine,
         ),

@@ -11,9 +11,14 @@ DISTILLERS = {
     "sre2l": "guardbench.distillers.sre2l:SRe2L",
 }
 REGULARISERS = {
-    "none": "guardbench.curvature:Plain",
+    "none": "guardbench.regularisers.base:Plain",
     "curvature": "guardbench.curvature:FirstOrderCurvature",
     "curvature-double": "guardbench.curvature:DoubleBackwardCurvature",
+    "gradient-norm": "guardbench.regularisers.gradnorm:GradientNorm",
+    "pgd": "guardbench.regularisers.adversarial:AdversarialTraining",
+    "pgd-released": "guardbench.regularisers.released:ReleasedAdversarial",
+    "trades": "guardbench.regularisers.trades:Trades",
+    "fbf": "guardbench.regularisers.fbf:Fast",
 }
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.ball import per_image, project, random_start, steepest
 from guardbench.attacks.base import margin_of
 from guardbench.attacks.reference import reference_part
 from guardbench.attacks.stream import Rows, gradient_of, stream
 from guardbench.attacks.targets import ranked_targets, require_classes
+from guardbench.ball import per_image, project, random_start, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.records import Engine
 from guardbench.threat import ThreatModel

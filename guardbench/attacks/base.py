@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import FLOAT32_ULP, length, tolerance
 from guardbench.attacks.stream import Fitting, rows_at_once, telling
+from guardbench.ball import FLOAT32_ULP, length, tolerance
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import length, per_image
 from guardbench.attacks.reference import reference_part
 from guardbench.attacks.stream import Rows, gradient_of, stream
 from guardbench.attacks.targets import ranked_targets
+from guardbench.ball import length, per_image
 from guardbench.errors import GuardbenchError
 from guardbench.records import Engine
 from guardbench.threat import ThreatModel

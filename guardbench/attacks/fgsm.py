@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import project, require_norm, steepest
 from guardbench.attacks.search import State, search
+from guardbench.ball import project, require_norm, steepest
 from guardbench.threat import ThreatModel
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.ball import content_noise, project, random_start, require_norm, steepest
 from guardbench.attacks.search import State, search
+from guardbench.ball import content_noise, project, random_start, require_norm, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 

@@ -8,8 +8,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import length, per_image, project, require_norm, steepest
 from guardbench.attacks.search import State, search
+from guardbench.ball import length, per_image, project, require_norm, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 

@@ -8,9 +8,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import project, random_start, require_norm, steepest
 from guardbench.attacks.search import State, search
 from guardbench.attacks.stream import within
+from guardbench.ball import project, random_start, require_norm, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import content_noise, pixel_radius, project, require_norm
 from guardbench.attacks.base import margin_of
 from guardbench.attacks.stream import Fitting, Rows, rows_at_once, stream
+from guardbench.ball import content_noise, pixel_radius, project, require_norm
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import content_generator, per_image
 from guardbench.attacks.base import margin_of
 from guardbench.attacks.reference import reference_square
 from guardbench.attacks.stream import Rows, stream
+from guardbench.ball import content_generator, per_image
 from guardbench.errors import GuardbenchError
 from guardbench.records import Engine
 from guardbench.threat import ThreatModel

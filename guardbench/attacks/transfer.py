@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import require_norm
 from guardbench.attacks.base import frozen
 from guardbench.attacks.vmifgsm import VMIFGSM
+from guardbench.ball import require_norm
 from guardbench.canonical import file_digest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel

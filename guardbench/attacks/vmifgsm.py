@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.ball import content_noise, pixel_radius, project, require_norm, steepest
 from guardbench.attacks.mim import gathered
 from guardbench.attacks.search import State, search
 from guardbench.attacks.stream import Fitting, gradient_of
+from guardbench.ball import content_noise, pixel_radius, project, require_norm, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 

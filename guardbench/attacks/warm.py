@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import project, require_norm, steepest
 from guardbench.attacks.search import State, search
+from guardbench.ball import project, require_norm, steepest
 from guardbench.threat import ThreatModel
 
 STEP_SHARE = 2.5

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from pydantic import ValidationError
+
+from guardbench.errors import GuardbenchError
 from guardbench.methods import MethodFile, Recipe
+from guardbench.protocol import first_problem
+from guardbench.records import LabelKind, Strict
 from guardbench.runtime import Run, StageFolder
+from guardbench.threat import ThreatModel
 
 if TYPE_CHECKING:
     from guardbench.data.dataset import RealDataset
@@ -24,6 +30,7 @@ class Task:
         train_images: how many there are.
         train_digest: of the decoded training images; None while they have not been decoded.
         ipc: images per class.
+        threat: the protocol's, for regularisers that attack.
     """
 
     run: Run
@@ -36,6 +43,7 @@ class Task:
     train_images: int
     train_digest: str | None
     ipc: int
+    threat: ThreatModel
 
     def words(self) -> dict[str, Any]:
         """What shapes every stage of this task: data, seed and effective precision."""
@@ -72,6 +80,28 @@ class Distiller(Protocol):
         """The stages in order; checks the recipe, and needs no images."""
         ...
 
+    def label_kind(self, task: Task) -> LabelKind:
+        """What will label the images: decides the track, and whether students are relabelled."""
+        ...
+
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """Runs the stages that are not finished; raises GuardbenchError when the input is at fault."""
         ...
+
+
+P = TypeVar("P", bound=Strict)
+
+
+def read_params(task: Task, family: type[P]) -> P:
+    """The recipe's `params` as a distiller's own tables.
+
+    Raises:
+        GuardbenchError: a field is missing, unknown or wrong; the message names file and field.
+    """
+    try:
+        return family.model_validate(task.recipe.params)
+    except ValidationError as error:
+        raise GuardbenchError(
+            f"baselines/{task.method.name}/method.toml: recipe "
+            f"{task.dataset}@{task.resolution}: params.{first_problem(error)}."
+        ) from error

@@ -1,6 +1,6 @@
-"""SRe2L (Yin et al., NeurIPS 2023) and, with the curvature regulariser in its squeeze, GUARD.
+"""SRe2L (Yin et al., NeurIPS 2023), CDA (Yin & Shen, 2023) and, with curvature in the squeeze, GUARD.
 
-Squeeze: a teacher is trained on the real images. Recover: noise is optimised until the teacher sees
+Squeeze: see `guardbench.distillers.squeeze`. Recover: noise is optimised until the teacher sees
 the wanted class in it and its BN layers see the statistics of real data. Relabel belongs to the
 training of students (`guardbench.training`), since the views that are labelled are the student's.
 """
@@ -13,36 +13,21 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.curvature import build_regulariser
 from guardbench.data.augment import apply_crops, draw_crops, draw_flips
 from guardbench.data.dataset import RealDataset
 from guardbench.distilled import MANIFEST, DistilledDataset, load_distilled, save_distilled
-from guardbench.distillers.base import PlannedStage, Task
-from guardbench.errors import GuardbenchError
-from guardbench.models import Classifier, batch_norms, build_model, load_weights, save_weights
-from guardbench.protocol import CropScale, first_problem
-from guardbench.records import Name, Strict
+from guardbench.distillers.base import PlannedStage, Task, read_params
+from guardbench.distillers.squeeze import Squeeze, plan_squeeze, squeeze, squeeze_folder
+from guardbench.models import Classifier, batch_norms
+from guardbench.protocol import CropScale
+from guardbench.records import LabelKind, Strict
 from guardbench.runtime import StageFolder, check_finite
 
-TEACHER = "teacher.safetensors"
 CLASSES_A_GROUP = 100  # of the original's recover batches
-
-
-class Squeeze(Strict):
-    """The `squeeze` table: how the teacher is trained. SGD with momentum 0.9, cosine to 0."""
-
-    arch: Name
-    epochs: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    warmup_epochs: float = Field(default=0, ge=0)
-    crop_scale: CropScale = (0.08, 1.0)
-    flip: bool = True
 
 
 class Recover(Strict):
@@ -58,6 +43,8 @@ class Recover(Strict):
         group: which images share batch statistics in the BN term: `classes`, one image of every
             class (at most 100 classes), as in the original; or `all`, every image at once.
         images_a_batch: groups are optimised together up to so many images; changes speed alone.
+        curriculum: `cosine`: the smallest share of the area goes from 1 at the first step down to
+            `crop_scale`'s on a cosine (CDA, Yin & Shen 2023, section 3.2); `none`: it stands still.
     """
 
     iterations: int = Field(gt=0)
@@ -69,6 +56,14 @@ class Recover(Strict):
     flip: bool = True
     group: Literal["classes", "all"] = "classes"
     images_a_batch: int = Field(default=100, gt=0)
+    curriculum: Literal["none", "cosine"] = "none"
+
+    def scale_at(self, share: float) -> tuple[float, float]:
+        """The crop scale when `share` (0 to 1) of the steps are done."""
+        low, high = self.crop_scale
+        if self.curriculum == "none":
+            return low, high
+        return high + (low - high) * 0.5 * (1 - math.cos(math.pi * share)), high
 
 
 class Params(Strict):
@@ -83,18 +78,11 @@ class SRe2L:
 
     def plan(self, task: Task) -> list[PlannedStage]:
         """See `Distiller.plan`."""
-        params = _params(task)
-        build_regulariser(task.recipe.regulariser)  # refuses a wrong one early
-        squeeze, recover = params.squeeze, params.recover
-        steps = _steps_per_epoch(task.train_images, squeeze.batch_size)
-        cost = {"none": 1.0, "curvature": 2.0}.get(str(task.recipe.regulariser.get("kind")), 4.0)
+        params = read_params(task, Params)
+        recover = params.recover
         images = task.ipc * len(task.classes)
         return [
-            PlannedStage(
-                _squeeze_folder(task),
-                f"{squeeze.epochs} epochs",
-                squeeze.epochs * steps * squeeze.batch_size * cost,
-            ),
+            plan_squeeze(task, params.squeeze),
             PlannedStage(
                 _recover_folder(task),
                 f"{recover.iterations} steps x {images} images",
@@ -102,92 +90,13 @@ class SRe2L:
             ),
         ]
 
+    def label_kind(self, task: Task) -> LabelKind:  # noqa: ARG002 - the interface gives it
+        """See `Distiller.label_kind`: the squeezed teacher labels every view."""
+        return "teacher"
+
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""
-        teacher = squeeze(task, train)
-        return recover(task, teacher)
-
-
-def squeeze(task: Task, train: RealDataset) -> Classifier:
-    """Trains the teacher, or loads it when an earlier run has.
-
-    Returns:
-        The teacher in eval mode, without gradients for its weights.
-    """
-    params, run = _params(task).squeeze, task.run
-    folder = _squeeze_folder(task)
-    model = build_model(
-        params.arch,
-        channels=task.channels,
-        classes=len(task.classes),
-        resolution=task.resolution,
-        seed=run.generator("squeeze", "init").initial_seed(),
-    )
-    if not batch_norms(model):
-        raise GuardbenchError(
-            f"method {task.method.name}: recover reads BN statistics and {params.arch} has none; "
-            "set squeeze.arch to one that has, such as resnet18 or convnet-d3-bn."
-        )
-    if folder.finished() is None:
-        _train_teacher(task, train, model.to(run.device), params, folder)
-        save_weights(model, folder.path / TEACHER)
-        folder.finish(run.device, (TEACHER,))
-    load_weights(model, folder.path / TEACHER)
-    return model.to(run.device).eval().requires_grad_(False)
-
-
-def _train_teacher(
-    task: Task, train: RealDataset, model: Classifier, params: Squeeze, folder: StageFolder
-) -> None:
-    run = task.run
-    regulariser = build_regulariser(task.recipe.regulariser)
-    optimizer = torch.optim.SGD(
-        model.parameters(), params.lr, momentum=0.9, weight_decay=params.weight_decay
-    )
-    steps = _steps_per_epoch(len(train), params.batch_size)
-    state = folder.begin(run.device)
-    first = 0
-    if state is not None:
-        first = int(state["epoch"])
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    total = params.epochs * steps
-    with run.progress.stage("squeeze", total, "steps", first * steps) as bar:
-        for epoch in range(first, params.epochs):
-            generator = run.generator("squeeze", "epoch", epoch)
-            order = torch.randperm(len(train), generator=generator)
-            model.train()
-            for step in range(steps):
-                _set_lr(optimizer, params, (epoch * steps + step) / steps)
-                picked = order[step * params.batch_size : (step + 1) * params.batch_size]
-                boxes = draw_crops(len(picked), task.resolution, params.crop_scale, generator)
-                flips = draw_flips(len(picked), generator) & params.flip
-                images = apply_crops(train.batch(picked, run.device), boxes, flips, task.resolution)
-                labels = train.labels[picked].to(run.device)
-
-                def loss_at(x: Tensor, y: Tensor = labels) -> Tensor:
-                    with run.accelerator.autocast():
-                        return F.cross_entropy(model(x).float(), y)
-
-                optimizer.zero_grad(set_to_none=True)
-                loss, penalty = regulariser.backward(model, loss_at, images)
-                value = check_finite(
-                    loss + penalty,
-                    f"squeeze, epoch {epoch + 1}, step {step + 1}",
-                    "lower squeeze.lr or the regulariser's weight in the method's recipe",
-                )
-                optimizer.step()
-                bar.advance(
-                    1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"
-                )
-            if folder.due() and epoch + 1 < params.epochs:
-                folder.checkpoint(
-                    {
-                        "epoch": epoch + 1,
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                    }
-                )
+        return recover(task, squeeze(task, read_params(task, Params).squeeze, train))
 
 
 def recover(task: Task, teacher: Classifier) -> DistilledDataset:
@@ -196,7 +105,7 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
     Args:
         teacher: in eval mode.
     """
-    params, run = _params(task).recover, task.run
+    params, run = read_params(task, Params).recover, task.run
     folder = _recover_folder(task)
     artifact = folder.path / "distilled"
     if folder.finished() is not None:
@@ -223,7 +132,7 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
         images=images[order],
         hard=labels[order],
         teacher=teacher,
-        teacher_arch=_params(task).squeeze.arch,
+        teacher_arch=read_params(task, Params).squeeze.arch,
         dataset=task.dataset,
         ipc=task.ipc,
         method=task.method.name,
@@ -316,11 +225,12 @@ class _Recovery:
 
     def _step(self, step: int) -> float:
         run, params = self.task.run, self.params
+        scale = params.scale_at(step / params.iterations)
         boxes, flips, rolls = [], [], []
         for group in self.chunk:  # one view a group, as in the original's batches
             generator = run.generator("recover", "view", group.number, step)
             side = self.task.resolution
-            boxes.append(draw_crops(1, side, params.crop_scale, generator))
+            boxes.append(draw_crops(1, side, scale, generator))
             flips.append(draw_flips(1, generator) & params.flip)
             span = (-params.jitter, params.jitter + 1)
             rolls.append(torch.randint(*span, (2,), generator=generator).tolist())
@@ -388,46 +298,14 @@ def bn_discrepancy(model: nn.Module, groups: int, first: float) -> Iterator[list
             handle.remove()
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, params: Squeeze, epoch: float) -> None:
-    """Linear warm-up, then a cosine to 0; `epoch` is fractional."""
-    if epoch < params.warmup_epochs:
-        share = (epoch + 0.01) / params.warmup_epochs
-    else:
-        left = params.epochs - params.warmup_epochs
-        share = 0.5 * (1 + math.cos(math.pi * (epoch - params.warmup_epochs) / left))
-    for group in optimizer.param_groups:
-        group["lr"] = params.lr * min(1.0, share)
-
-
-def _steps_per_epoch(images: int, batch_size: int) -> int:
-    return max(1, images // batch_size)
-
-
-def _params(task: Task) -> Params:
-    try:
-        return Params.model_validate(task.recipe.params)
-    except ValidationError as error:
-        raise GuardbenchError(
-            f"baselines/{task.method.name}/method.toml: recipe "
-            f"{task.dataset}@{task.resolution}: params.{first_problem(error)}."
-        ) from error
-
-
-def _squeeze_folder(task: Task) -> StageFolder:
-    words = {
-        "stage": "squeeze",
-        **task.words(),
-        "regulariser": task.recipe.regulariser,
-        "squeeze": _params(task).squeeze.model_dump(mode="json"),
-    }
-    return task.run.stage("squeeze", "teachers", words)
-
-
 def _recover_folder(task: Task) -> StageFolder:
-    recover = _params(task).recover.model_dump(mode="json")
+    params = read_params(task, Params)
+    recover = params.recover.model_dump(mode="json")
+    if params.recover.curriculum == "none":
+        del recover["curriculum"]  # artifacts made before there was one keep their keys
     words = {
         "stage": "recover",
-        "teacher": _squeeze_folder(task).key,
+        "teacher": squeeze_folder(task, params.squeeze).key,
         "ipc": task.ipc,
         "method": task.method.name,
         "recover": recover,

@@ -3,7 +3,6 @@
 import pytest
 from accelerate import Accelerator
 
-from guardbench.curvature import build_regulariser
 from guardbench.data.catalog import dataset_info
 from guardbench.distillers.base import Task
 from guardbench.errors import GuardbenchError
@@ -11,6 +10,7 @@ from guardbench.methods import load_method, method_names, methods_folder
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol, protocol_ids
 from guardbench.registry import DISTILLERS, REGULARISERS, resolve
+from guardbench.regularisers.base import build_regulariser
 from guardbench.runtime import Run
 
 
@@ -24,7 +24,7 @@ def test_every_method_plans_under_every_protocol_at_every_ipc(tmp_path, name, pr
     method, measured = load_method(name), load_protocol(protocol)
     recipe = method.recipe(measured.dataset, measured.resolution)
     assert recipe.source
-    build_regulariser(recipe.regulariser)
+    build_regulariser(recipe.regulariser, measured.threat.model)
     info = dataset_info(measured.dataset)
     run = Run(accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress())
     for ipc in measured.ipc:
@@ -39,6 +39,7 @@ def test_every_method_plans_under_every_protocol_at_every_ipc(tmp_path, name, pr
             train_images=info.train_count,
             train_digest="0" * 64,
             ipc=ipc,
+            threat=measured.threat.model,
         )
         stages = resolve(DISTILLERS, "distiller", method.distiller)().plan(task)
         assert stages

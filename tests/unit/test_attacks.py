@@ -10,14 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from guardbench.attacks.ball import (
-    content_noise,
-    length,
-    project,
-    random_start,
-    steepest,
-    tolerance,
-)
 from guardbench.attacks.base import Attack, run_verified
 from guardbench.attacks.cw import CW
 from guardbench.attacks.deepfool import DeepFool
@@ -28,6 +20,14 @@ from guardbench.attacks.pgd import PGD
 from guardbench.attacks.spsa import SPSA
 from guardbench.attacks.transfer import Transfer
 from guardbench.attacks.vmifgsm import VMIFGSM
+from guardbench.ball import (
+    content_noise,
+    length,
+    project,
+    random_start,
+    steepest,
+    tolerance,
+)
 from guardbench.canonical import file_digest
 from guardbench.errors import GuardbenchError
 from guardbench.models import build_model, save_weights

@@ -20,7 +20,6 @@ from guardbench.attacks import apgd, fab
 from guardbench.attacks import stream as streams
 from guardbench.attacks.apgd import APGD
 from guardbench.attacks.autoattack import AutoAttack
-from guardbench.attacks.ball import length, random_start, tolerance
 from guardbench.attacks.base import Attack, run_verified, score_clean
 from guardbench.attacks.cw import CW
 from guardbench.attacks.deepfool import DeepFool
@@ -34,6 +33,7 @@ from guardbench.attacks.square import Square, square_side
 from guardbench.attacks.stream import rows_at_once, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.attacks.vmifgsm import VMIFGSM
+from guardbench.ball import length, random_start, tolerance
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 

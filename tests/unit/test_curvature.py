@@ -1,20 +1,17 @@
 """The regulariser against analytic answers and against automatic differentiation of its formula."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import nn
 
-from guardbench.curvature import (
-    DoubleBackwardCurvature,
-    FirstOrderCurvature,
-    Plain,
-    build_regulariser,
-    step_along,
-)
+from guardbench.curvature import DoubleBackwardCurvature, FirstOrderCurvature, step_along
 from guardbench.errors import GuardbenchError
 from guardbench.models import batch_norms, build_model
+from guardbench.regularisers.base import Batch, Plain, build_regulariser
+from guardbench.threat import ThreatModel
 
 
 def small_net() -> nn.Module:
@@ -29,6 +26,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(5, 1, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
 
 
+LINF = ThreatModel("linf", Fraction(1, 255))
+
+
 def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters()]
 
@@ -40,7 +40,9 @@ def test_first_order_gradient_is_that_of_the_formula(weight: float) -> None:
     def loss_at(images: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(model(images), y)
 
-    loss, penalty = FirstOrderCurvature(weight=weight, h=0.1).backward(model, loss_at, x)
+    loss, penalty = FirstOrderCurvature(weight=weight, h=0.1).backward(
+        Batch(model=model, images=x, labels=y)
+    )
     found = gradients(model)
 
     leaf = x.clone().requires_grad_()
@@ -56,7 +58,7 @@ def test_first_order_gradient_is_that_of_the_formula(weight: float) -> None:
 
 def test_first_order_gradient_where_the_loss_falls_along_z() -> None:
     """A long step can lower the loss; then the sign of the penalty's gradient turns."""
-    model, (x, _) = small_net(), batch()
+    model, (x, y) = small_net(), batch()
 
     def loss_at(images: torch.Tensor) -> torch.Tensor:
         return torch.sin(8 * model(images)).mean()
@@ -66,7 +68,10 @@ def test_first_order_gradient_where_the_loss_falls_along_z() -> None:
     lengths = [0.05 * k for k in range(1, 60)]
     h = next(k for k in lengths if loss_at(x + step_along(g, k)) < loss_at(x))
     rise = loss_at(x + step_along(g, h)) - loss_at(x)
-    loss, penalty = FirstOrderCurvature(weight=0.7, h=h).backward(model, loss_at, x)
+    batch_ = Batch(
+        model=model, images=x, labels=y, criterion=lambda out, _: torch.sin(8 * out).mean()
+    )
+    loss, penalty = FirstOrderCurvature(weight=0.7, h=h).backward(batch_)
     found = gradients(model)
     wanted = torch.autograd.grad(loss_at(x) + 0.7 * rise.abs(), list(model.parameters()))
     assert penalty.item() == pytest.approx(-0.7 * rise.item(), rel=1e-12)
@@ -95,7 +100,7 @@ def test_double_backward_penalty_of_a_quadratic_is_known() -> None:
     x = torch.rand(6, 1, 2, 2, dtype=torch.float64)
     h, weight = 0.3, 5.0
     _, penalty = DoubleBackwardCurvature(weight=weight, h=h).backward(
-        model, lambda images: model(images).mean(), x
+        Batch(model=model, images=x, labels=torch.zeros(6), criterion=lambda out, _: out.mean())
     )
     z = x.flatten(1) @ a
     z = z / z.norm(dim=1, keepdim=True)
@@ -113,7 +118,7 @@ def test_double_backward_gradient_against_finite_differences() -> None:
 
     leaf = x.clone().requires_grad_()
     (z,) = torch.autograd.grad(loss_at(leaf) * len(x), leaf)
-    regulariser.backward(model, loss_at, x)
+    regulariser.backward(Batch(model=model, images=x, labels=y))
     weights = model[3].weight
     found = weights.grad[1, 7].item()
 
@@ -151,9 +156,7 @@ def test_second_pass_leaves_running_statistics_alone(kind: type) -> None:
     def after(regulariser: object) -> list[torch.Tensor]:
         model = build_model("convnet-d3-bn-small", channels=1, classes=4, resolution=8, seed=1)
         model.train()
-        regulariser.backward(  # type: ignore[attr-defined]
-            model, lambda images: nn.functional.cross_entropy(model(images), y), x
-        )
+        regulariser.backward(Batch(model=model, images=x, labels=y))  # type: ignore[attr-defined]
         norms = batch_norms(model)
         assert all(int(n.num_batches_tracked) == 1 for n in norms)
         assert all(n.momentum == 0.1 for n in norms)
@@ -171,14 +174,17 @@ def test_second_pass_leaves_running_statistics_alone(kind: type) -> None:
         ({"kind": "curvature", "weight": "much", "h": 1}, "much"),
         ({"kind": "curvature", "weight": 1, "h": 1, "x": 2}, "x"),
         ({"kind": "curvature", "weight": 1, "h": "1/0"}, "regulariser curvature"),
+        ({"kind": "curvature", "weight": 0, "h": 1}, "weight must be above 0"),
+        ({"kind": "pgd", "steps": 2.5}, "2.5 is not a whole number"),
+        ({"kind": "trades", "beta": -1}, "beta must be above 0"),
     ],
 )
 def test_a_wrong_table_is_told_in_one_line(words: dict, said: str) -> None:
     with pytest.raises(GuardbenchError, match=said) as caught:
-        build_regulariser(words)
+        build_regulariser(words, LINF)
     assert "\n" not in str(caught.value)
 
 
 def test_a_fraction_is_read_exactly() -> None:
-    regulariser = build_regulariser({"kind": "curvature", "weight": 1, "h": "0.51/255"})
+    regulariser = build_regulariser({"kind": "curvature", "weight": 1, "h": "0.51/255"}, LINF)
     assert regulariser == FirstOrderCurvature(weight=1.0, h=0.002)

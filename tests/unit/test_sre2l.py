@@ -1,6 +1,7 @@
 """Squeeze and recover: the BN term against a plain reference, and all images at once against one by one."""
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from guardbench.data.dataset import load_split
 from guardbench.distilled import load_distilled
 from guardbench.distillers.base import Task
+from guardbench.distillers.squeeze import Squeeze, squeeze
 from guardbench.distillers.sre2l import (
     Recover,
     SRe2L,
@@ -16,13 +18,13 @@ from guardbench.distillers.sre2l import (
     _groups,
     _recover_folder,
     bn_discrepancy,
-    squeeze,
 )
 from guardbench.errors import GuardbenchError
 from guardbench.methods import load_method
 from guardbench.models import batch_norms, build_model
 from guardbench.progress import Progress
 from guardbench.runtime import Run
+from guardbench.threat import ThreatModel
 
 
 def make_task(tmp_path, *, ipc: int = 2, squeeze: dict | None = None, **recover: object) -> Task:
@@ -43,6 +45,7 @@ def make_task(tmp_path, *, ipc: int = 2, squeeze: dict | None = None, **recover:
         train_images=len(train),
         train_digest=train.digest,
         ipc=ipc,
+        threat=ThreatModel("linf", Fraction(16, 255)),
     )
 
 
@@ -149,7 +152,7 @@ def test_the_regulariser_changes_the_teacher_and_not_the_key_of_anything_else(tm
     plain = dataclasses.replace(task, recipe=recipe)
     keys = [[s.folder.key for s in SRe2L().plan(t)] for t in (task, plain)]
     assert keys[0][0] != keys[1][0]
-    a, b = (squeeze(t, load_digits()) for t in (task, plain))
+    a, b = (squeeze(t, Squeeze(**t.recipe.params["squeeze"]), load_digits()) for t in (task, plain))
     assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
@@ -161,13 +164,13 @@ def test_a_teacher_is_shared_by_every_ipc(tmp_path) -> None:
 def test_a_loss_that_is_not_finite_stops_at_once(tmp_path) -> None:
     task = make_task(tmp_path, squeeze={"lr": 1e30})
     with pytest.raises(GuardbenchError, match=r"squeeze, epoch 1, step \d+.*lower squeeze.lr"):
-        squeeze(task, load_digits())
+        SRe2L().distill(task, load_digits())
     assert not list(tmp_path.rglob("stage.json"))
 
 
 def test_a_teacher_without_bn_is_refused(tmp_path) -> None:
     with pytest.raises(GuardbenchError, match="BN statistics"):
-        squeeze(make_task(tmp_path, squeeze={"arch": "convnet-d3"}), load_digits())
+        SRe2L().distill(make_task(tmp_path, squeeze={"arch": "convnet-d3"}), load_digits())
 
 
 def test_a_wrong_regulariser_is_told_in_the_plan(tmp_path) -> None:
