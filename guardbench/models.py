@@ -305,6 +305,24 @@ def _input_sides(model: nn.Module, image: Tensor) -> dict[str, int]:
     return sides
 
 
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the last linear layer sees, [N, D], for images [N, C, H, W] in [0, 1].
+
+    Raises:
+        GuardbenchError: the model has no linear layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise GuardbenchError("a network without a linear layer has no features to compare.")
+    seen: list[Tensor] = []
+    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    return seen[-1]
+
+
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Inside, a training-mode forward uses batch statistics without moving the running ones."""

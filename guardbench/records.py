@@ -367,6 +367,8 @@ class _Measured(Strict):
         words = self.model_dump(mode="json", exclude={"cost", "provenance", "schema_version"})
         for run in words["seeds"]:
             del run["checks"]
+        if not words.get("overrides"):  # of version 3; a result keeps its digest
+            words.pop("overrides", None)
         return canonical.digest(words)
 
     @property
@@ -381,11 +383,19 @@ class ResultRecord(_Measured):
     Attributes:
         ipc: images per class of the distilled dataset.
         method, artifact: who, and what.
+        overrides: what `--set` changed in the committed recipe, such as `squeeze.epochs=5`.
     """
 
     ipc: int = Field(ge=1, le=1_000_000)
     method: Method
     artifact: Artifact
+    overrides: tuple[Line, ...] = Field(default=(), max_length=64)
+
+    @model_validator(mode="after")
+    def _says_what_was_set(self) -> ResultRecord:
+        if self.overrides and self.method.official:
+            raise ValueError("overrides: settings were changed, and method.official is true")
+        return self
 
 
 class ClassifierRecord(_Measured):

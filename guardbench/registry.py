@@ -9,6 +9,10 @@ from guardbench.protocol import unknown
 
 DISTILLERS = {
     "sre2l": "guardbench.distillers.sre2l:SRe2L",
+    "random": "guardbench.distillers.coreset:Random",
+    "herding": "guardbench.distillers.coreset:Herding",
+    "k-center": "guardbench.distillers.coreset:KCenter",
+    "full": "guardbench.distillers.coreset:Full",
 }
 REGULARISERS = {
     "none": "guardbench.regularisers.base:Plain",

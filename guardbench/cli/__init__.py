@@ -14,6 +14,7 @@ from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
 from guardbench.cli.curve import curve
 from guardbench.cli.evaluate import evaluate
+from guardbench.cli.methods import methods
 from guardbench.cli.run import run
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(evaluate)
 app.command()(curve)
+app.command()(methods)
 app.command()(attacks)
 app.command()(show)
 app.command()(compare)

@@ -43,6 +43,16 @@ def run(
         typer.Option(help="Of distillation and training: auto, fp32 or bf16. Attacks are fp32."),
     ] = "auto",
     engine: EngineOption = EngineName.guardbench,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="STAGE.FIELD=VALUE",
+            help="Override a value of the recipe, such as squeeze.epochs=5 or regulariser.weight=0.1; "
+            "may be repeated. The record says so and counts as unofficial.",
+            show_default=False,
+        ),
+    ] = None,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
     output: Annotated[
@@ -83,6 +93,7 @@ def run(
             output=output,
             publish=publish,
             engine=engine.value,
+            overrides=tuple(set_ or ()),
         )
         plan = make_plan(settings, Progress(console))
         seconds = expected_seconds(plan)
@@ -128,10 +139,11 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     state = "decoded" if plan.decoded else "to be decoded"
     lines = {
         "method": f"{plan.method.title} ({task.recipe.regulariser['kind']} regulariser)",
+        **({"set": ", ".join(settings.overrides)} if settings.overrides else {}),
         "dataset": f"{protocol.dataset} at {protocol.resolution} px, {train}; {state}",
         "images from": plan.located.description,
         "protocol": f"{protocol.id} ({protocol.digest[:12]}): {protocol.title}",
-        "IPC": f"{settings.ipc}, {settings.ipc * len(task.classes)} images in all",
+        "IPC": f"{settings.ipc}, {plan.distiller.image_count(task)} images in all",
         "students": f"{len(protocol.student.seeds)} x {protocol.student.arch}, "
         f"{protocol.student.epochs} epochs",
         "threat": f"{threat_text(protocol)}; attacks: {', '.join(a.name for a in protocol.attacks)}",

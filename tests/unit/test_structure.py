@@ -17,6 +17,7 @@ ROOMS = [
     ["store", "progress", "figures"],
     ["protocol", "methods", "migrations", "records", "record_files", "metrics", "registry"],
     ["paired", "board"],
+    ["published"],
     ["leaderboard", "compare", "report"],
     ["runtime", "provenance"],
     ["data"],
@@ -33,7 +34,7 @@ ROOMS = [
     ["pipeline", "assessment"],
     ["cli", "__main__"],
 ]
-LIGHT = 5  # rooms before this one never import torch
+LIGHT = 6  # rooms before this one never import torch
 ONLY_DOORS = {
     "pyautoattack": "attacks/reference.py",
     "robustbench": "attacks/robustbench.py",
