@@ -9,6 +9,9 @@ from guardbench.protocol import unknown
 
 DISTILLERS = {
     "sre2l": "guardbench.distillers.sre2l:SRe2L",
+    "dc": "guardbench.distillers.matching:DC",
+    "dsa": "guardbench.distillers.matching:DSA",
+    "dm": "guardbench.distillers.distribution:DM",
 }
 REGULARISERS = {
     "none": "guardbench.regularisers.base:Plain",
