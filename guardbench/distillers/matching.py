@@ -262,7 +262,7 @@ def class_gradients(backbone: nn.Module, images: Tensor, labels: Tensor) -> list
 
 def gradients_at_once(backbone: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
     """`class_gradients` with the classes as a dimension of every operation."""
-    weights: dict[str, Tensor] = {**matched_weights(backbone)}
+    weights = {name: weight.detach() for name, weight in matched_weights(backbone).items()}
 
     def loss(weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(backbone, weights, (images,)), labels)

@@ -16,12 +16,21 @@ from guardbench.runtime import Run
 
 def test_the_papers_pair_is_there() -> None:
     assert {"guard", "sre2l"} <= set(method_names())
+    for protocol in protocol_ids():  # and may be run wherever anything is measured
+        measured = load_protocol(protocol)
+        for name in ("guard", "sre2l"):
+            assert load_method(name).recipe(measured.dataset, measured.resolution)
 
 
 @pytest.mark.parametrize("name", method_names())
 @pytest.mark.parametrize("protocol", protocol_ids())
 def test_every_method_plans_under_every_protocol_at_every_ipc(tmp_path, name, protocol) -> None:
     method, measured = load_method(name), load_protocol(protocol)
+    assert "digits@8" in method.recipes, "the embedded dataset is where anyone tries a method"
+    if f"{measured.dataset}@{measured.resolution}" not in method.recipes:
+        with pytest.raises(GuardbenchError, match="has no recipe for"):
+            method.recipe(measured.dataset, measured.resolution)
+        return
     recipe = method.recipe(measured.dataset, measured.resolution)
     assert recipe.source
     build_regulariser(recipe.regulariser, measured.threat.model)
@@ -55,6 +64,16 @@ def test_guard_is_sre2l_with_the_regulariser_in_its_squeeze() -> None:
         assert recipe.regulariser["kind"] == "curvature"
         assert sre2l.recipes[key].regulariser == {"kind": "none"}
         assert recipe.params["recover"] == sre2l.recipes[key].params["recover"]
+
+
+def test_dc_guard_is_dc_with_the_regulariser_in_its_real_gradient() -> None:
+    guard, dc = load_method("dc-guard"), load_method("dc")
+    assert guard.distiller == dc.distiller
+    assert guard.recipes.keys() == dc.recipes.keys()
+    for key, recipe in guard.recipes.items():
+        assert recipe.regulariser["kind"] == "curvature"
+        assert dc.recipes[key].regulariser == {"kind": "none"}
+        assert recipe.params == dc.recipes[key].params
 
 
 def test_registries_resolve_and_know_the_nearest_name() -> None:
