@@ -203,6 +203,7 @@ ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "resnet18": _resnet("18"),
     "resnet50": _resnet("50"),
     "convnet-d3": _convnet(128, "instance"),
+    "convnet-d3-small": _convnet(32, "instance"),
     "convnet-d3-bn": _convnet(128, "batch"),
     "convnet-d3-bn-small": _convnet(32, "batch"),
 }

@@ -13,6 +13,9 @@ DISTILLERS = {
     "herding": "guardbench.distillers.coreset:Herding",
     "k-center": "guardbench.distillers.coreset:KCenter",
     "full": "guardbench.distillers.coreset:Full",
+    "dc": "guardbench.distillers.matching:DC",
+    "dsa": "guardbench.distillers.matching:DSA",
+    "dm": "guardbench.distillers.distribution:DM",
 }
 REGULARISERS = {
     "none": "guardbench.regularisers.base:Plain",

@@ -19,6 +19,10 @@ from guardbench.runtime import Run
 
 def test_the_papers_pair_is_there() -> None:
     assert {"guard", "sre2l"} <= set(method_names())
+    for protocol in protocol_ids():  # and may be run wherever anything is measured
+        measured = load_protocol(protocol)
+        for name in ("guard", "sre2l"):
+            assert load_method(name).recipe(measured.dataset, measured.resolution)
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -75,7 +79,7 @@ def test_guard_is_sre2l_with_the_regulariser_in_its_squeeze() -> None:
 
 PAPERS = {
     "guard", "sre2l", "sre2l-adv", "sre2l-adv-released", "sre2l-trades", "sre2l-fbf",
-    "sre2l-gradnorm", "cda", "cda-guard", "random", "herding", "k-center", "full",
+    "sre2l-gradnorm", "cda", "cda-guard", "random", "herding", "k-center", "full", "dc", "dc-guard", "dsa", "dm",
 }  # fmt: skip
 
 
@@ -157,6 +161,16 @@ def test_an_override_reaches_its_value_and_a_wrong_one_is_told() -> None:
     ):
         with pytest.raises(GuardbenchError, match=said):
             overridden(recipe, [text], known)
+
+
+def test_dc_guard_is_dc_with_the_regulariser_in_its_real_gradient() -> None:
+    guard, dc = load_method("dc-guard"), load_method("dc")
+    assert guard.distiller == dc.distiller
+    assert guard.recipes.keys() == dc.recipes.keys()
+    for key, recipe in guard.recipes.items():
+        assert recipe.regulariser["kind"] == "curvature"
+        assert dc.recipes[key].regulariser == {"kind": "none"}
+        assert recipe.params == dc.recipes[key].params
 
 
 def test_registries_resolve_and_know_the_nearest_name() -> None:
