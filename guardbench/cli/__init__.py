@@ -13,6 +13,7 @@ from guardbench.cli import leaderboard, robustbench
 from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
 from guardbench.cli.curve import curve
+from guardbench.cli.diagnose import diagnose
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.run import run
 from guardbench.cli.show import show
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(evaluate)
 app.command()(curve)
+app.command()(diagnose)
 app.command()(attacks)
 app.command()(show)
 app.command()(compare)
