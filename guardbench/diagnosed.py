@@ -156,81 +156,104 @@ def save_diagnosis(path: Path, found: Diagnosis) -> None:
 
 
 PARTS = {
-    "clean": "clean loss",
-    "curvature": "curvature: rho^2/2 lambda_1",
-    "shift": "shift: L sigma",
-    "first_order": "first order: eps ||grad||",
+    "clean": r"clean loss $E[\ell]$",
+    "curvature": r"curvature $\frac{\rho^2}{2} E[\lambda_1]$",
+    "shift": r"shift $L\sigma$",
+    "first_order": r"first order $\epsilon E\|\nabla\ell\|$, not in the paper's bound",
 }
 """The bound's terms in the order in which they are piled up, and what the legend calls them."""
+COLOURS = dict(zip(PARTS, ("0.6", "gold", "tab:purple", "tab:cyan"), strict=True))
+BINS, DECADES = 6, 6
+"""A histogram's bins a factor of ten, and how far it reaches below the largest value; what is smaller falls
+into its first bin."""
 
 
 def draw_diagnosis(path: Path, found: Diagnosis) -> None:
     """Draws a PNG: how eigenvalues and gradients are spread over the images, and the bound's terms."""
-    figure = new_figure(figsize=(11, 7), dpi=130, layout="constrained")
-    spread, bars = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    left, right = spread.subplots(1, 2, sharey=True)
     models = found.models
+    rows = len(_groups(models))
+    lower = 1.4 + 0.75 * rows
+    figure = new_figure(figsize=(10, 3.6 + lower), dpi=140, layout="constrained")
+    spread, bars = figure.subfigures(2, 1, height_ratios=(3.6, lower))
+    left, right = spread.subplots(1, 2, sharey=True)
     _histogram(left, models, "eigenvalue")
-    left.set_xlabel("largest eigenvalue of the loss's Hessian in the image, lambda_1")
+    left.set_xlabel(r"$\lambda_1$, largest eigenvalue of the input Hessian (dotted: mean)")
     left.set_ylabel("images, %")
     _histogram(right, models, "gradient_l2")
-    right.set_xlabel("l2 norm of the loss's gradient in the image")
-    left.legend(frameon=False, loc="upper left")
+    right.set_xlabel(r"$\|\nabla\ell\|_2$, gradient in the image (dotted: mean)")
+    left.legend(frameon=False, loc="upper left", fontsize=9)
     _draw_terms(bars.subplots(), models)
-    eps = f"{found.norm} {found.eps} (rho = {found.rho:.3g})"
-    figure.suptitle(f"{found.protocol}, {found.total} images, {eps}, {found.attack}", fontsize=10)
+    spread.suptitle(
+        f"{found.protocol}, {found.total} images, {found.norm} {found.eps} "
+        rf"($\rho$ = {found.rho:.3g}), {found.attack}",
+        fontsize=10,
+    )
     save_png(path, figure)
 
 
 def _histogram(axes: Any, models: Sequence[Diagnosed], column: str) -> None:
-    """One outline a classifier over logarithmic bins; what lies below six decades falls into the first."""
+    """One outline a classifier, over logarithmic bins that all share."""
     values = [list(getattr(model.images, column)) for model in models]
-    top = max(max(some) for some in values)
-    high = math.ceil(math.log10(top)) if top > 0 else 0
-    low = high - 6
-    bins = [10 ** (low + place / 4) for place in range(4 * (high - low) + 1)]
+    positive = [value for some in values for value in some if value > 0] or [1.0]
+    high = math.ceil(BINS * math.log10(max(positive))) + 1
+    low = max(math.floor(BINS * math.log10(min(positive))), high - BINS * DECADES) - 1
+    bins = [10 ** (place / BINS) for place in range(low, high + 1)]
     for model, some in zip(models, values, strict=True):
-        kept = [min(max(value, bins[0]), bins[-1]) for value in some]
+        kept = [max(value, bins[0]) for value in some]
         (_, _, (outline,)) = axes.hist(
             kept, bins, weights=[100 / len(kept)] * len(kept), histtype="step", linewidth=1.6,
             label=model.classifier.name,
         )  # fmt: skip
         mean = math.fsum(some) / len(some)
         if mean > bins[0]:
-            axes.axvline(mean, color=outline.get_edgecolor(), linestyle=":", linewidth=1.4)
+            axes.axvline(mean, color=outline.get_edgecolor(), linestyle=":", linewidth=1.6)
     axes.set_xscale("log")
+    axes.set_xlim(bins[0], bins[-1])
     axes.grid(alpha=0.3)
-    axes.set_title("dotted: mean", fontsize=8, loc="right")
+
+
+def _groups(models: Sequence[Diagnosed]) -> list[tuple[str, Terms]]:
+    """What the lower plot has a pair of bars for."""
+    found = []
+    for model in models:
+        found.append((f"{model.classifier.name}\nreal images", model.terms))
+        if model.shift is not None:
+            found.append((f"{model.classifier.name}\ndistilled images", model.shift.terms))
+    return found
 
 
 def _draw_terms(axes: Any, models: Sequence[Diagnosed]) -> None:
-    """The bound's terms piled up, beside the loss measured; a group of bars a classifier."""
-    groups: list[tuple[str, Terms]] = []
-    for model in models:
-        groups.append((model.classifier.name, model.terms))
-        if model.shift is not None:
-            groups.append((f"{model.classifier.name}: distilled", model.shift.terms))
+    """The bound's terms piled up, above the loss that was measured."""
+    groups = _groups(models)
     used = [part for part in PARTS if any(getattr(terms, part) for _, terms in groups)]
-    colours = dict(zip(PARTS, ("tab:gray", "tab:orange", "tab:purple", "tab:blue"), strict=True))
     for row, (_, terms) in enumerate(groups):
         base = 0.0
         for part in used:
             size = getattr(terms, part)
-            axes.barh(row - 0.2, size, 0.36, left=base, color=colours[part])
+            axes.barh(row - 0.2, size, 0.36, left=base, color=COLOURS[part])
             base += size
+        axes.plot([terms.paper] * 2, [row - 0.38, row - 0.02], color="black", linewidth=2.5)
         axes.barh(row + 0.2, terms.adversarial, 0.36, color="tab:red")
-        axes.text(base, row - 0.2, f" {base:.3g}", va="center", fontsize=8)
+        said = f" paper {terms.paper:#.3g}, with first order {base:#.3g}"
+        axes.text(base, row - 0.2, said, va="center", fontsize=8)
         axes.text(
-            terms.adversarial, row + 0.2, f" {terms.adversarial:.3g}", va="center", fontsize=8
+            terms.adversarial, row + 0.2, f" {terms.adversarial:#.3g}", va="center", fontsize=8
         )
-        axes.plot([terms.paper] * 2, [row - 0.38, row - 0.02], color="black", linewidth=2)
     for part in used:
-        axes.barh(0, 0, color=colours[part], label=PARTS[part])
-    axes.plot([], [], color="black", linewidth=2, label="the paper's bound ends here")
+        axes.barh(0, 0, color=COLOURS[part], label=PARTS[part])
+    axes.plot([], [], color="black", linewidth=2.5, label="where the paper's bound ends")
     axes.barh(0, 0, color="tab:red", label="measured under PGD")
     axes.set_yticks(range(len(groups)), [name for name, _ in groups])
     axes.invert_yaxis()
-    axes.margins(x=0.08)
-    axes.set_xlabel("loss (cross-entropy in nats), mean over images")
+    axes.set_xlim(0, 1.22 * max(max(terms.second_order, terms.adversarial) for _, terms in groups))
+    axes.set_xlabel("cross-entropy in nats, mean over images")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_axisbelow(True)
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.3,
+    )

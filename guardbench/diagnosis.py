@@ -28,7 +28,7 @@ from guardbench.curvature import (
     l2_radius,
     top_eigenvalues,
 )
-from guardbench.data.dataset import RealDataset
+from guardbench.data.dataset import RealDataset, load_split
 from guardbench.diagnosed import Diagnosed, Numbers, PerImage, Shift, Terms
 from guardbench.distilled import DistilledDataset, load_distilled
 from guardbench.errors import GuardbenchError
@@ -236,6 +236,32 @@ class Real:
     train: RealDataset | None
 
 
+def load_real(
+    protocol: Protocol,
+    images: int,
+    *,
+    train: bool,
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    progress: Progress,
+) -> Real:
+    """The first `images` of a protocol's test images, and the training split if `train`.
+
+    Raises:
+        GuardbenchError: see `data.dataset.load_split`.
+    """
+    both = {
+        which: load_split(
+            protocol.dataset, which, resolution=protocol.resolution, data_dir=data_dir,
+            cache_dir=cache_dir, progress=progress, per_class=1,
+        )
+        for which in (("train", "val") if train else ("val",))
+    }  # fmt: skip
+    test = both["val"]
+    order = protocol.test_indices(test.ids)[:images]
+    return Real(x=test.select(order), y=test.labels[order], train=both.get("train"))
+
+
 def diagnose(
     imported: Imported,
     real: Real,
@@ -304,7 +330,7 @@ def _shift(
 def _evenly(labels: Tensor, most: int) -> Tensor:
     """Positions of at most `most` images a class, evenly spaced over the class's, int64."""
     found = []
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.tolist())):
         rows = (labels == label).nonzero().squeeze(1)
         count = min(most, len(rows))
         found.append(rows[torch.arange(count) * len(rows) // count])

@@ -101,7 +101,7 @@ def lipschitz_of_pairs(features: Tensor, losses: Tensor, labels: Tensor) -> floa
         0 where no class has two different images.
     """
     steepest = 0.0
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.tolist())):
         rows = labels == label
         points, values = features[rows].double(), losses[rows].double()
         # Not by the product of the features with themselves, which loses what is close.

@@ -76,14 +76,15 @@ def diagnose(
     Example: guardbench diagnose --protocol digits --weights guard.safetensors --arch convnet-d3-bn-small
     --beside sre2l.safetensors
     """
+    import math
+
     from rich.console import Console
 
     import guardbench
     from guardbench.classifiers import Source, open_classifier
     from guardbench.curvature import l2_radius
-    from guardbench.data.dataset import load_split
     from guardbench.diagnosed import Diagnosis, draw_diagnosis, save_diagnosis
-    from guardbench.diagnosis import Measure, Real, open_distilled, pgd_of
+    from guardbench.diagnosis import Measure, load_real, open_distilled, pgd_of
     from guardbench.diagnosis import diagnose as diagnose_one
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
@@ -109,22 +110,19 @@ def diagnose(
     console = Console(emoji=False)
     progress = Progress(console)
 
-    def split(which: str):  # type: ignore[no-untyped-def]
-        return load_split(
-            chosen.dataset, which, resolution=chosen.resolution, data_dir=data_dir,
-            cache_dir=cache_dir, progress=progress, per_class=1,
-        )  # fmt: skip
-
-    train = split("train") if distilled else None
-    sets = [train and folder and open_distilled(folder, chosen, train) for folder in folders]
-    test = split("val")
-    order = chosen.test_indices(test.ids)[:images]
-    real = Real(x=test.select(order), y=test.labels[order], train=train)
+    real = load_real(
+        chosen, images, train=bool(distilled), data_dir=data_dir, cache_dir=cache_dir,
+        progress=progress,
+    )  # fmt: skip
+    sets = [
+        open_distilled(folder, chosen, real.train) if folder and real.train else None
+        for folder in folders
+    ]
     found = Diagnosis(
         protocol=chosen.id, protocol_sha256=chosen.digest, norm=how.threat.norm,
-        eps=str(how.threat.eps), rho=l2_radius(how.threat, test.images[0].size),
+        eps=str(how.threat.eps), rho=l2_radius(how.threat, math.prod(real.x.shape[1:])),
         attack=f"PGD-{how.attack.steps}, step {how.attack.step}", tolerance=tolerance,
-        iterations=iterations, total=len(order), guardbench=guardbench.__version__,
+        iterations=iterations, total=len(real.x), guardbench=guardbench.__version__,
         device=device_name(where),
         models=tuple(
             diagnose_one(model, real, of, how, progress) for model, of in zip(models, sets, strict=True)
@@ -160,7 +158,7 @@ def named_apart(first: Source, beside: list[str]) -> list[Source]:
         path = source.weights
         if source.name is None and path is not None and stems.count(path.stem) > 1:
             sources[place] = replace(source, name=f"{path.absolute().parent.name}-{path.stem}")
-    names = [source.name or str(source.weights) for source in sources]
+    names = [source.name or (source.weights.stem if source.weights else "") for source in sources]
     for title in names:
         if names.count(title) > 1:
             raise GuardbenchError(
@@ -186,6 +184,7 @@ def spread_over(folders: list[Path], count: int) -> list[Path | None]:
 
 def print_diagnosis(console: Console, found: Diagnosis) -> None:
     """Prints the tables, and what each number is."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("mean over images", box=None, pad_edge=False)
@@ -193,7 +192,7 @@ def print_diagnosis(console: Console, found: Diagnosis) -> None:
         table.add_column(model.classifier.name, justify="right", overflow="fold")
     columns = [_column(model) for model in found.models]
     for row in columns[0]:
-        table.add_row(row, *(column[row] for column in columns))
+        table.add_row(escape(row), *(column[row] for column in columns))
     console.print()
     console.print(table)
     if any(model.shift is not None for model in found.models):
@@ -239,8 +238,8 @@ def _worst_residual(model: Diagnosed) -> float:
 
 
 def _verdict(under: bool, share: float | None) -> str:
-    of = "" if share is None else f", of {100 * share:.0f}% of images"
-    return f"{'yes' if under else 'NO'}{of}"
+    of = "" if share is None else f" ({100 * share:.0f}% of images)"
+    return f"{'yes' if under else 'no'}{of}"
 
 
 def _print_shift(console: Console, models: tuple[Diagnosed, ...]) -> None:
@@ -266,11 +265,8 @@ def _print_shift(console: Console, models: tuple[Diagnosed, ...]) -> None:
 
 def _notes(found: Diagnosis) -> list[str]:
     """What the numbers are, in lines for the foot of the table."""
-    ball = {
-        "linf": "eps sqrt(CHW), the smallest l2 ball that holds the l-inf box",
-        "l2": "eps",
-        "l1": "eps, the smallest l2 ball that holds the l1 ball",
-    }[found.norm]
+    holds = "eps sqrt(CHW), the smallest l2 ball that holds the l-inf box"
+    ball = holds if found.norm == "linf" else "eps"
     lines = [
         f"{found.total} images of {found.protocol}; {found.norm} eps {found.eps}; rho = {found.rho:.4g} "
         f"({ball}); {found.attack}, all steps on all images: at most the true adversarial loss.",
