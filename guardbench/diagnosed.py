@@ -245,7 +245,7 @@ def _draw_terms(axes: Any, models: Sequence[Diagnosed]) -> None:
     axes.barh(0, 0, color="tab:red", label="measured under PGD")
     axes.set_yticks(range(len(groups)), [name for name, _ in groups])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.22 * max(max(terms.second_order, terms.adversarial) for _, terms in groups))
+    axes.set_xlim(0, 1.35 * max(max(terms.second_order, terms.adversarial) for _, terms in groups))
     axes.set_xlabel("cross-entropy in nats, mean over images")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
