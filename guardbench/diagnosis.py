@@ -77,6 +77,17 @@ def pgd_of(protocol: Protocol) -> PGD:
     return PGD(threat=threat, steps=40, step=threat.eps / 10)
 
 
+def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
+    """Each image's loss [N] of a float32 network's logits [N, K], taken in float64 where the device has it.
+
+    Where the label's probability is close to 1, its derivatives are differences that float32 cannot
+    hold: the first is `p - 1`, and the Hessian's noise would exceed the Hessian. The network's own
+    part needs no such care.
+    """
+    wide = logits if logits.device.type == "mps" else logits.double()
+    return F.cross_entropy(wide, y, reduction="none")
+
+
 def pgd_losses(model: nn.Module, attack: PGD, x: Tensor, y: Tensor) -> Tensor:
     """Each image's cross-entropy after PGD's last step, or at the clean image where it is higher, [N].
 
@@ -90,11 +101,11 @@ def pgd_losses(model: nn.Module, attack: PGD, x: Tensor, y: Tensor) -> Tensor:
     """
 
     def summed(images: Tensor) -> Tensor:
-        return F.cross_entropy(model(images), y, reduction="sum")
+        return cross_entropies(model(images), y).sum()
 
     batch = Batch(model=model, images=x, labels=y)
     with torch.no_grad():
-        worst = F.cross_entropy(model(x), y, reduction="none")
+        worst = cross_entropies(model(x), y)
     for restart in range(attack.restarts):
         start = random_start(x, attack.threat, 0, restart) if attack.random_start else x
         with torch.enable_grad():
@@ -103,7 +114,7 @@ def pgd_losses(model: nn.Module, attack: PGD, x: Tensor, y: Tensor) -> Tensor:
                 step=float(attack.step / attack.threat.eps),
             )  # fmt: skip
         with torch.no_grad():
-            worst = torch.maximum(worst, F.cross_entropy(model(adv), y, reduction="none"))
+            worst = torch.maximum(worst, cross_entropies(model(adv), y))
     return worst
 
 
@@ -170,12 +181,12 @@ def _in_batches(
 
 def _measured(model: nn.Module, x: Tensor, y: Tensor, how: Measure) -> tuple[Tensor, ...]:
     def losses(images: Tensor) -> Tensor:
-        return F.cross_entropy(model(images), y, reduction="none")
+        return cross_entropies(model(images), y)
 
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(leaf)
-        loss = F.cross_entropy(logits, y, reduction="none")
+        loss = cross_entropies(logits, y)
         gradient = gradient_of(loss, leaf)
     top = top_eigenvalues(losses, x, tolerance=how.tolerance, iterations=how.iterations)
     return (

@@ -20,6 +20,7 @@ from guardbench.cli import app
 from guardbench.cli.diagnose import named_apart, spread_over
 from guardbench.curvature import (
     Bound,
+    TopEigenvalues,
     curvature_gains,
     first_order_gains,
     l2_radius,
@@ -135,14 +136,18 @@ def test_an_image_s_value_does_not_depend_on_those_beside_it() -> None:
     torch.manual_seed(6)
     x, y = torch.rand(9, 1, 5, 5, dtype=torch.float64), torch.randint(3, (9,))
 
-    def measured(rows: slice) -> Tensor:
+    def measured(rows: slice) -> TopEigenvalues:
         return top_eigenvalues(
             lambda images: F.cross_entropy(net(images), y[rows], reduction="none"), x[rows]
-        ).values
+        )
 
     together = measured(slice(None))
-    apart = torch.cat([measured(slice(i, i + 1)) for i in range(9)])
-    torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-14)
+    apart = [measured(slice(i, i + 1)) for i in range(9)]
+    torch.testing.assert_close(
+        together.values, torch.cat([one.values for one in apart]), rtol=1e-12, atol=1e-14
+    )
+    assert together.iterations.tolist() == [int(one.iterations) for one in apart]
+    assert together.iterations.unique().numel() > 2
 
 
 def test_the_bound_of_a_convex_quadratic_is_reached_where_the_gradient_is_zero() -> None:
@@ -253,6 +258,26 @@ def test_every_term_of_a_logistic_regression_is_the_one_on_paper() -> None:
     assert terms.share_paper == 0
     assert terms.under_second_order
     assert terms.share_second_order == 1
+
+
+def test_of_a_confident_network_the_curvature_is_no_rounding_error() -> None:
+    """At logits this far apart float32 knows neither `1 - p` nor `p (1 - p)` to a single digit."""
+    model, x, _ = logistic()
+    model[1].weight.data *= 4
+    model[1].bias.data = torch.tensor([9.0, -9.0])
+    y = torch.zeros(len(x), dtype=torch.int64)
+    threat = ThreatModel("linf", Fraction(1, 255))
+    how = Measure(threat=threat, attack=PGD(threat=threat, steps=2), tolerance=1e-3, iterations=50)
+    found = measure(model.eval(), x, y, how)
+    logits = model(x).detach().double()
+    p = torch.sigmoid(logits[:, 1] - logits[:, 0])
+    assert float(p.max()) < 1e-6
+    w = (model[1].weight[0] - model[1].weight[1]).detach().double()
+    wanted = p * (1 - p) * w.square().sum()
+    torch.testing.assert_close(torch.tensor(found.eigenvalue).double(), wanted, rtol=1e-4, atol=0)
+    assert all(found.converged)
+    slopes = torch.tensor(found.gradient_l2).double()
+    torch.testing.assert_close(slopes, p * w.norm(), rtol=1e-4, atol=0)
 
 
 def test_all_steps_are_taken_after_an_image_is_broken() -> None:
