@@ -128,9 +128,10 @@ def diagnose(
             diagnose_one(model, real, of, how, progress) for model, of in zip(models, sets, strict=True)
         ),
     )  # fmt: skip
-    print_diagnosis(console, found)
+    # Written first: `guardbench diagnose ... | head` ends here with the pipe.
     save_diagnosis(output / DIAGNOSIS, found)
     draw_diagnosis(output / PLOT, found)
+    print_diagnosis(console, found)
     console.print(f"values  {output / DIAGNOSIS}\nplot    {output / PLOT}", highlight=False)
 
 
