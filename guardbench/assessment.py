@@ -17,17 +17,18 @@ from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
 from guardbench.errors import GuardbenchError
-from guardbench.evaluation import measured_test
+from guardbench.evaluation import measured_indices, measured_test
 from guardbench.imported import Imported
 from guardbench.pipeline import choose_protocol
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol
 from guardbench.provenance import provenance
 from guardbench.record_files import load_any_record, save_record
-from guardbench.records import ClassifierRecord, Engine, SeedRun
+from guardbench.records import ClassifierRecord, Engine, SeedRun, Tier
 from guardbench.runtime import Run, make_accelerator
 from guardbench.scoring import Costs, engines_used, plan_scoring, score
 from guardbench.store import check_writable, explained
+from guardbench.tier import sample_size
 
 NEAR_CHANCE = 1.5
 
@@ -40,6 +41,8 @@ class Request:
     source: Source
     seed: int
     engine: Engine
+    tier: Tier
+    images: int | None
     device: str
     data_dir: Path | None
     cache_dir: Path | None
@@ -48,19 +51,25 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A classifier that is ready to be scored, before any test image is decoded."""
+    """A classifier that is ready to be scored, before any test image is decoded.
+
+    Attributes:
+        sample: images of the dev tier, None for the official one.
+    """
 
     request: Request
     protocol: Protocol
     run: Run
     imported: Imported
+    sample: int | None
 
     @property
     def record_path(self) -> Path:
         """Where the record goes."""
         folder = self.request.output / "classifiers" / self.protocol.id
         engine = "-reference" if self.request.engine == "reference" else ""
-        return folder / f"{self.imported.described.name}-seed{self.request.seed}{engine}.json"
+        tier = "" if self.sample is None else "-dev"
+        return folder / f"{self.imported.described.name}-seed{self.request.seed}{engine}{tier}.json"
 
 
 def prepare(request: Request, progress: Progress) -> Prepared:
@@ -71,6 +80,8 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     """
     request.source.require_one()
     protocol = choose_protocol(None, request.protocol)
+    classes = dataset_info(protocol.dataset).num_classes
+    sample = sample_size(protocol, classes, request.tier, request.images)
     locate(protocol.dataset, request.data_dir, cache_dir=request.cache_dir)
     accelerator = make_accelerator(request.device, "fp32", protocol.resolution)
     check_writable(request.output)
@@ -79,7 +90,7 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     )
     engines_used(protocol, request.engine)  # refuses an attack that cannot be built
     imported = open_classifier(request.source, protocol, run.device, request.cache_dir)
-    prepared = Prepared(request, protocol, run, imported)
+    prepared = Prepared(request, protocol, run, imported, sample)
     _refuse_another(prepared)
     return prepared
 
@@ -105,6 +116,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
         The record and its path.
     """
     request, protocol, run = prepared.request, prepared.protocol, prepared.run
+    sample = prepared.sample
     with explained(request.output):
         test = load_split(
             protocol.dataset,
@@ -115,7 +127,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             progress=run.progress,
             per_class=1,
         )
-        order = protocol.test_indices(test.ids)
+        order = measured_indices(protocol, test, sample)
         x, y = test.select(order), test.labels[order]
         model = prepared.imported.model
         plan = plan_scoring(
@@ -126,18 +138,20 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             subject=_fingerprint(prepared, x[:8], y[:8]),
             test_digest=test.digest,
             engine=request.engine,
+            sample=sample,
         )
         costs = Costs()
         seed = score(run, protocol, plan, model, x, y, costs)
         record = ClassifierRecord(
+            tier=request.tier,
             protocol=protocol.id,
             protocol_sha256=protocol.digest,
             dataset=protocol.dataset,
             resolution=protocol.resolution,
-            test=measured_test(protocol, test),
+            test=measured_test(protocol, test, sample),
             seeds=(seed,),
             cost=tuple(costs.found),
-            provenance=provenance(run, engines_used(protocol, request.engine)),
+            provenance=provenance(run, engines_used(protocol, request.engine), costs.searched),
             flags=(
                 *_near_chance(seed, dataset_info(protocol.dataset).num_classes),
                 *flags((seed,)),

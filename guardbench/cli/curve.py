@@ -58,6 +58,7 @@ def curve(
     from rich.table import Table
 
     import guardbench
+    from guardbench.attacks.searched import searchable
     from guardbench.attacks.stream import telling
     from guardbench.classifiers import Source, open_classifier
     from guardbench.curve import (
@@ -76,7 +77,7 @@ def curve(
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
     from guardbench.runtime import device_name, make_accelerator
-    from guardbench.scoring import attack_batch, searchable
+    from guardbench.scoring import attack_batch
     from guardbench.store import check_writable
 
     source = Source(

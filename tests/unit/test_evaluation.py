@@ -11,6 +11,7 @@ from torch import nn
 from guardbench import evaluation, scoring
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_verified
+from guardbench.attacks.searched import searchable
 from guardbench.attacks.square import Square
 from guardbench.data.dataset import RealDataset
 from guardbench.evaluation import plan_evaluation
@@ -18,7 +19,7 @@ from guardbench.models import batch_norms, build_model
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
 from guardbench.runtime import Run
-from guardbench.scoring import attack_batch, searchable, shared_square
+from guardbench.scoring import attack_batch, shared_square
 
 
 def make_run(tmp_path) -> Run:
@@ -121,8 +122,9 @@ def test_counts_are_those_of_the_network(evaluated) -> None:
     alone = run_verified(attack, model, x, y, seed=named, batch_size=7)
     assert runs[1].attacks["pgd100"].flags() == alone.robust.tolist()
     names = ["student 0", "clean 0", "checks 0", "pgd100 0", "square 0"]
-    assert [c.stage for c in costs[:5]] == names
-    assert not any(c.shared for c in costs)
+    assert [c.stage for c in costs.found[:5]] == names
+    assert not any(c.shared for c in costs.found)
+    assert not costs.searched
 
 
 def test_what_is_finished_is_not_attacked_again(evaluated) -> None:
@@ -132,7 +134,7 @@ def test_what_is_finished_is_not_attacked_again(evaluated) -> None:
     again, costs = go()
     assert len(calls) == before
     assert again == first
-    assert all(c.shared for c in costs)
+    assert all(c.shared for c in costs.found)
 
 
 def test_an_interrupted_attack_goes_on_at_its_next_batch(evaluated, monkeypatch) -> None:
