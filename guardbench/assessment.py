@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from guardbench.canonical import digest
 from guardbench.checks import flags
-from guardbench.classifiers import Source, open_classifier
+from guardbench.classifiers import Source, fingerprint, open_classifier
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
@@ -135,7 +129,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             protocol,
             seed=request.seed,
             position=0,
-            subject=_fingerprint(prepared, x[:8], y[:8]),
+            subject=fingerprint(prepared.imported, x[:8], y[:8], run.device),
             test_digest=test.digest,
             engine=request.engine,
             sample=sample,
@@ -160,36 +154,6 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
         )
         save_record(prepared.record_path, record)
     return record, prepared.record_path
-
-
-def _fingerprint(prepared: Prepared, x: Tensor, y: Tensor) -> str:
-    """What the stages hang on: everything by which one model can be told from another.
-
-    Weights, and for a few images beside the test images (which are multiples of 1/255, where a
-    quantising defence answers as its network does) the answers and their gradient. For a function,
-    the text of its module too; what that module imports is not looked at.
-    """
-    model, described, device = (
-        prepared.imported.model,
-        prepared.imported.described,
-        prepared.run.device,
-    )
-    sha = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        sha.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    noise = torch.empty(x.shape).uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(0))
-    point = (x + noise).clamp(0, 1).to(device).requires_grad_()
-    answers = model(point)
-    sha.update(answers.detach().float().cpu().numpy().tobytes())
-    if answers.requires_grad:
-        loss = F.cross_entropy(answers.float(), y.to(device), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, point, allow_unused=True)
-        if gradient is not None:
-            sha.update(gradient.float().cpu().numpy().tobytes())
-    words = described.model_dump(mode="json", exclude={"name"})
-    return digest(
-        {"classifier": words, "sha256": sha.hexdigest(), "source": prepared.imported.source}
-    )
 
 
 def _near_chance(seed: SeedRun, classes: int) -> tuple[str, ...]:
