@@ -155,6 +155,7 @@ class StageFolder:
     _begun: float = field(default=0.0, init=False)
     _spent: float = field(default=0.0, init=False)
     _saved: float = field(default=0.0, init=False)
+    _took: float = field(default=0.0, init=False)
     _meter: MemoryMeter | None = field(default=None, init=False)
 
     @property
@@ -211,15 +212,17 @@ class StageFolder:
         return self._spent + time.monotonic() - self._begun
 
     def due(self) -> bool:
-        """Whether the last checkpoint is old enough to be worth another."""
-        return time.monotonic() - self._saved > CHECKPOINT_EVERY_S
+        """Whether the last checkpoint is old enough to be worth another, at most a twentieth of the time."""
+        return time.monotonic() - self._saved > CHECKPOINT_EVERY_S * max(1.0, self._took)
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
         """Writes tensors and plain values from which `begin` can go on."""
+        begun = time.monotonic()
         buffer = io.BytesIO()
         torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
         write_bytes(self.checkpoint_path, buffer.getvalue())
         self._saved = time.monotonic()
+        self._took = self._saved - begun
 
     def finish(
         self, device: torch.device, files: tuple[str, ...] = (), **facts: Any

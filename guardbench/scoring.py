@@ -11,6 +11,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from guardbench.attacks.base import (
 )
 from guardbench.attacks.build import build_attack
 from guardbench.attacks.searched import SLACK, Precision, search_model
-from guardbench.attacks.stream import Tell, rows_at_once, telling
+from guardbench.attacks.stream import Journal, Tell, journaling, rows_at_once, telling
 from guardbench.canonical import derive_seed
 from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, UNSTEADY, inspect, judge
 from guardbench.distillers.base import PlannedStage
@@ -359,24 +360,32 @@ def _attack(
     untouched = _run_by(attack) == "reference"
     slack = SLACK if precision == "bf16" else 0.0
     state = folder.begin(run.device)
-    begun = 0
+    begun, streams = 0, []
     if state is not None:
         begun, robust, distance = int(state["batches"]), state["robust"], state["distance"]
+        streams = state.get("streams", [])  # none in a checkpoint older than they are
+
+    def keep(finished: int, streams: list[dict[str, Any]]) -> None:
+        state = {"batches": finished, "robust": robust, "distance": distance, "streams": streams}
+        folder.checkpoint(state)
+
     named = derive_seed(plan.seed, "attack", spec.name)
     decided = int((~right).sum()) + sum(len(b) for b in batches[:begun])
     with run.progress.stage(folder.name, count, "images", decided) as bar:
         for number, index in enumerate(batches[begun:], start=begun + 1):
             rest = sum(len(b) for b in batches[number:])
             sure = int(robust.sum()) - rest - len(index)
-            with telling(_shown(bar, len(index), sure)):
+            journal = Journal(folder.due, partial(keep, number - 1), streams)
+            with telling(_shown(bar, len(index), sure)), journaling(journal):
                 outcome = run_batch(
                     attack, model, x, y, index + first, seed=named,
                     searched=None if untouched else fast, slack=slack, steady=steady,
                 )  # fmt: skip
             robust[index], distance[index] = ~outcome.broken, outcome.distance
             bar.advance(len(index), f"{int(robust.sum()) - rest} robust so far")
+            streams = []
             if folder.due() and rest:
-                folder.checkpoint({"batches": number, "robust": robust, "distance": distance})
+                keep(number, streams)
         bar.advance(0, f"{100 * robust.float().mean():.1f}% robust")
     result = Outcome.from_flags(
         robust.tolist(),
