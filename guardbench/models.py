@@ -231,7 +231,7 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-class _DenseConv2d(nn.Module):
+class DenseConv2d(nn.Module):
     """A convolution on a map smaller than its kernel, as one matrix: no product with padding is left.
 
     A 3x3 kernel on a 2x2 map meets padding in five of nine taps; ResNet-18 at 64 px spends a fifth
@@ -256,6 +256,7 @@ class _DenseConv2d(nn.Module):
             self.register_buffer("bias", bias.detach().to(answer).repeat(self.side * self.side))
 
     def forward(self, images: Tensor) -> Tensor:
+        """The map [n, C', S', S'] of `images` [n, C, S, S]."""
         rows = images.permute(0, 2, 3, 1).flatten(1)
         answer = torch.addmm(self.bias, rows, self.matrix)
         return answer.view(len(images), self.side, self.side, -1).permute(0, 3, 1, 2)
@@ -283,7 +284,7 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
         conv = copy.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         if side < conv.kernel_size[0] and conv.groups == 1:
-            copy.set_submodule(name, _DenseConv2d(conv, side))
+            copy.set_submodule(name, DenseConv2d(conv, side))
     return copy.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

@@ -33,11 +33,12 @@ from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.provenance import provenance
 from guardbench.record_files import save_record
-from guardbench.records import Engine, Method, ResultRecord
+from guardbench.records import Engine, Method, ResultRecord, Tier
 from guardbench.registry import DISTILLERS, REGULARISERS, resolve
 from guardbench.runtime import Run, make_accelerator, stage_cost
 from guardbench.scoring import engines_used
 from guardbench.store import check_writable, explained, read_text, write_text
+from guardbench.tier import sample_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class Settings:
     output: Path
     publish: bool
     engine: Engine
+    tier: Tier
+    images: int | None
     overrides: tuple[str, ...] = ()
 
 
@@ -89,17 +92,15 @@ class Plan:
     def record_path(self) -> Path:
         """Where the record goes in the workspace."""
         name = f"{self.method.name}{self.own}-seed{self.settings.seed}.json"
-        return self._folder / self.protocol.id / f"ipc{self.settings.ipc}" / name
+        # Boards are built from `records`, where a dev record has no place.
+        folder = self.settings.output / ("records" if self.settings.tier == "official" else "dev")
+        return folder / self.protocol.id / f"ipc{self.settings.ipc}" / name
 
     @property
     def own(self) -> str:
         """Nothing for the committed recipe, else a mark of what was set, so that both can stand."""
         settings = sorted(self.settings.overrides)
         return f"-set-{canonical.digest(settings)[:8]}" if settings else ""
-
-    @property
-    def _folder(self) -> Path:
-        return self.settings.output / "records"
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         GuardbenchError: unknown names, a device or precision that is not there, missing data, an
             output folder that cannot be written.
     """
+    if settings.publish and settings.tier == "dev":
+        raise GuardbenchError("--publish: a dev record is unofficial; publish without --tier dev.")
     protocol = choose_protocol(settings.dataset, settings.protocol)
     protocol.check_ipc(settings.ipc)
     method = load_method(settings.method)
@@ -165,6 +168,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         )
     check_writable(settings.output)
     info = dataset_info(protocol.dataset)
+    sample = sample_size(protocol, info.num_classes, settings.tier, settings.images)
     cached = partial(
         cached_digest, info, located, resolution=protocol.resolution, cache_dir=settings.cache_dir
     )
@@ -208,6 +212,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
             teacher=distiller.label_kind(task) == "teacher",
             test_digest=test_digest,
             engine=settings.engine,
+            sample=sample,
         ),
         checkout=checkout,
     )
@@ -229,6 +234,7 @@ def execute(plan: Plan) -> Finished:
         ]
         seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, test)
         record = ResultRecord(
+            tier=settings.tier,
             protocol=protocol.id,
             protocol_sha256=protocol.digest,
             dataset=protocol.dataset,
@@ -237,25 +243,29 @@ def execute(plan: Plan) -> Finished:
             method=_method(plan),
             overrides=settings.overrides,
             artifact=measured_artifact(distilled),
-            test=measured_test(protocol, test),
+            test=measured_test(protocol, test, plan.evaluating.sample),
             seeds=seeds,
-            cost=(*costs, *evaluating),
-            provenance=provenance(run, engines_used(protocol, settings.engine)),
+            cost=(*costs, *evaluating.found),
+            provenance=provenance(
+                run, engines_used(protocol, settings.engine), evaluating.searched
+            ),
             flags=flags(seeds),
         )
         save_record(plan.record_path, record)
-        _keep_protocol(settings)
-        build_workspace_boards(
-            settings.output, load=partial(_known_protocol, settings.output), warn=warnings.append
-        )
-        board = settings.output / "leaderboards" / protocol.id / f"ipc{settings.ipc}.json"
         folder = plan.distilling[-1].folder.path / "distilled"
         paths = {
             "artifact": folder / MANIFEST,
             "record": plan.record_path,
-            "board": board,
             "images": folder / PREVIEW,
         }
+        if settings.tier == "official":
+            _keep_protocol(settings)
+            build_workspace_boards(
+                settings.output,
+                load=partial(_known_protocol, settings.output),
+                warn=warnings.append,
+            )
+            paths["board"] = settings.output / board_path(protocol.id, settings.ipc)
         if plan.checkout is not None:
             paths |= _publish(plan, plan.checkout, record)
     return Finished(record, paths, tuple(warnings))

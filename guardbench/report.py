@@ -66,6 +66,7 @@ def _head(record: AnyRecord, threat: str | None) -> list[str]:
     engine = f"pyautoattack for {', '.join(theirs)}" if theirs else "guardbench's own"
     return [
         *_subject(record, under + (f", threat {threat}" if threat else "")),
+        *([] if record.tier == "official" else [f"tier       {record.tier}, unofficial: {DEV}"]),
         f"made by    guardbench {made.guardbench}, torch {made.versions.get('torch', '?')}, "
         f"commit {(made.commit or 'none')[:12]}",
         *([f"engine     {engine}"] if made.engines else []),
@@ -73,6 +74,9 @@ def _head(record: AnyRecord, threat: str | None) -> list[str]:
         f"on         {made.device}, {made.threads} threads"
         + (f"; precision: {precision}" if precision else ""),
     ]
+
+
+DEV = "on no board, and not to be published"
 
 
 def _checks(record: AnyRecord) -> list[str]:
@@ -160,6 +164,12 @@ def _footnotes(record: AnyRecord) -> list[str]:
         lines.append(
             f"BEARD (arXiv:2411.09265), over {', '.join(found_by.attacks)}: RR {found_by.ratio:.1f}%, "
             f"AE {found_by.efficiency:.1f}% of their own times, CREI {found_by.crei:.1f}%."
+        )
+    if record.tier == "dev":
+        lines.append(
+            f"Images: {record.test.total} of the protocol's, an equal share a class, the first of each in "
+            f"the protocol's order. Searched in {record.provenance.precision.get('search', 'fp32')}, "
+            "judged in float32."
         )
     if len(record.seeds) > 1:
         lines.append(

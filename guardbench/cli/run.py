@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guardbench.cli.options import CacheDir, DataDir, Device, EngineName, EngineOption
+from guardbench.cli.options import (
+    CacheDir,
+    DataDir,
+    Device,
+    DevImages,
+    EngineName,
+    EngineOption,
+    TierName,
+    TierOption,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +62,8 @@ def run(
             show_default=False,
         ),
     ] = None,
+    tier: TierOption = TierName.official,
+    images: DevImages = None,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
     output: Annotated[
@@ -94,6 +105,8 @@ def run(
             publish=publish,
             engine=engine.value,
             overrides=tuple(set_ or ()),
+            tier=tier.value,
+            images=images,
         )
         plan = make_plan(settings, Progress(console))
         seconds = expected_seconds(plan)
@@ -132,9 +145,11 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     from guardbench.leaderboard import threat_text
     from guardbench.progress import clock
     from guardbench.runtime import device_name
+    from guardbench.tier import dev_text
 
     protocol, task = plan.protocol, plan.task
     run, settings = task.run, plan.settings
+    search = plan.evaluating.seeds[0].scoring.search
     train = f"{task.train_images} training, {protocol.test.count} test images"
     state = "decoded" if plan.decoded else "to be decoded"
     lines = {
@@ -149,9 +164,12 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
         "threat": f"{threat_text(protocol)}; attacks: {', '.join(a.name for a in protocol.attacks)}",
         "engine": settings.engine,
         "device": device_name(run.device),
-        "precision": f"{run.precision} for distillation and training, fp32 for attacks",
+        "precision": f"{run.precision} for distillation and training, fp32 for attacks"
+        + (f", which search in {search}" if plan.evaluating.sample is not None else ""),
         "files": str(settings.output),
     }
+    if plan.evaluating.sample is not None:
+        lines["tier"] = dev_text(plan.evaluating.sample, protocol.test.count)
     console.print("[bold]Plan[/bold]")
     for name, text in lines.items():
         console.print(f"  {name:<12} {escape(text)}", highlight=False, soft_wrap=True)

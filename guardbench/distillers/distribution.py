@@ -36,6 +36,8 @@ class Params(Strict):
 class DM:
     """The distiller; see the module."""
 
+    params = Params
+
     def plan(self, task: Task) -> list[PlannedStage]:
         """See `Distiller.plan`."""
         params = read_params(task, Params).match
@@ -53,6 +55,10 @@ class DM:
     def label_kind(self, task: Task) -> LabelKind:  # noqa: ARG002 - the interface gives it
         """See `Distiller.label_kind`: an image stands for its class."""
         return "hard"
+
+    def image_count(self, task: Task) -> int:
+        """See `Distiller.image_count`."""
+        return task.ipc * len(task.classes)
 
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""

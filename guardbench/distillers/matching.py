@@ -65,6 +65,7 @@ class Params(Strict):
 class DC:
     """Gradient matching on the images as they are; see the module."""
 
+    params = Params
     siamese = False
 
     def plan(self, task: Task) -> list[PlannedStage]:
@@ -81,6 +82,10 @@ class DC:
     def label_kind(self, task: Task) -> LabelKind:  # noqa: ARG002 - the interface gives it
         """See `Distiller.label_kind`: an image stands for its class."""
         return "hard"
+
+    def image_count(self, task: Task) -> int:
+        """See `Distiller.image_count`."""
+        return task.ipc * len(task.classes)
 
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""

@@ -51,6 +51,9 @@ CUTS = {
     "herding": TEACHER,
     "k-center": TEACHER,
     "full": [],
+    "dc": ["match.iterations=2"],
+    "dsa": ["match.iterations=2"],
+    "dm": ["match.iterations=2"],
 }
 
 
@@ -70,6 +73,8 @@ def settings(folder: Path, method: str, overrides: list[str]) -> Settings:
         output=folder / "runs",
         publish=False,
         engine="guardbench",
+        tier="official",
+        images=None,
         overrides=tuple(overrides),
     )
 

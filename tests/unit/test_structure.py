@@ -16,7 +16,7 @@ ROOMS = [
     ["errors", "canonical", "threat"],
     ["store", "progress", "figures"],
     ["protocol", "methods", "migrations", "records", "record_files", "metrics", "registry"],
-    ["paired", "board"],
+    ["paired", "board", "tier"],
     ["published"],
     ["leaderboard", "compare", "report", "diagnosed"],
     ["runtime", "provenance"],
