@@ -178,7 +178,7 @@ def test_a_row_without_gradient_has_distance_one_and_no_slope() -> None:
 @pytest.mark.parametrize("kind", sorted(REGULARISERS))
 @pytest.mark.parametrize("view", [None, "rotate", "crop"])
 def test_every_regulariser_gives_a_real_gradient_in_every_view(kind, view) -> None:
-    model = build_model("convnet-d3-small", channels=1, classes=3, resolution=8, seed=0).train()
+    model = build_model("convnet-d2-small", channels=1, classes=3, resolution=8, seed=0).train()
     torch.manual_seed(3)
     images = torch.rand(4, 1, 8, 8)
 
@@ -200,7 +200,7 @@ def test_every_regulariser_gives_a_real_gradient_in_every_view(kind, view) -> No
 
 
 def test_the_plain_real_gradient_is_that_of_the_cross_entropy() -> None:
-    model = build_model("convnet-d3-small", channels=1, classes=3, resolution=8, seed=0).train()
+    model = build_model("convnet-d2-small", channels=1, classes=3, resolution=8, seed=0).train()
     images, labels = torch.rand(4, 1, 8, 8), torch.ones(4, dtype=torch.int64)
     batch = Batch(model=model, images=images, labels=labels)
     found = real_gradient(build_regulariser({"kind": "none"}, THREAT), batch, model.backbone)
@@ -302,7 +302,7 @@ def test_every_kind_is_drawn_and_equal_generators_draw_the_same() -> None:
 
 
 def test_a_network_in_a_view_answers_as_on_images_in_that_view() -> None:
-    model = build_model("convnet-d3-small", channels=3, classes=5, resolution=8, seed=0).train()
+    model = build_model("convnet-d2-small", channels=3, classes=5, resolution=8, seed=0).train()
     images = torch.rand(4, 3, 8, 8)
     view = SiameseView("crop", torch.tensor([[0.0, 0.9, 0.0]]))
     seen = seen_in(model, view)
@@ -315,14 +315,14 @@ def test_a_network_in_a_view_answers_as_on_images_in_that_view() -> None:
 
 
 def test_dms_loss_against_a_plain_reference() -> None:
-    model = build_model("convnet-d3-small", channels=1, classes=3, resolution=8, seed=0).double()
+    model = build_model("convnet-d2-small", channels=1, classes=3, resolution=8, seed=0).double()
     torch.manual_seed(7)
     images = torch.randn(3, 2, 1, 8, 8, dtype=torch.float64)
-    wanted = torch.randn(3, 32, dtype=torch.float64)
+    wanted = torch.randn(3, 128, dtype=torch.float64)
     plain = 0.0
     for k in range(3):
         mean = sum(model.backbone.features(image[None])[0].flatten() for image in images[k]) / 2
-        plain += sum((mean[j] - wanted[k, j]).item() ** 2 for j in range(32))
+        plain += sum((mean[j] - wanted[k, j]).item() ** 2 for j in range(128))
     embed = embedding(model)
     leaf = images.clone().requires_grad_()
     loss = feature_distance(embed(leaf.flatten(0, 1)).view(3, 2, -1), wanted)
@@ -429,7 +429,8 @@ def test_a_class_with_fewer_images_than_the_batch_gives_all_it_has(tmp_path, dig
     drawn = real.draw(3, 10_000, torch.Generator().manual_seed(0))
     own = digits.batch((digits.labels == 3).nonzero().flatten())
     assert len(drawn) == len(own)
-    torch.testing.assert_close(drawn.flatten(1).sum(0), own.flatten(1).sum(0))
+    pixels = (sorted(images.flatten(1).tolist()) for images in (drawn, own))
+    assert next(pixels) == next(pixels)
     half = real.draw(3, 20, torch.Generator().manual_seed(0))
     assert len(half.flatten(1).unique(dim=0)) == len(half) == 20
 
