@@ -8,7 +8,9 @@ from typing import Any
 from guardbench.protocol import unknown
 
 DISTILLERS = {
+    "mtt": "guardbench.distillers.trajectories:MTT",
     "sre2l": "guardbench.distillers.sre2l:SRe2L",
+    "tesla": "guardbench.distillers.trajectories:TESLA",
 }
 REGULARISERS = {
     "none": "guardbench.regularisers.base:Plain",
