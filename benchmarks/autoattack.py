@@ -8,7 +8,7 @@ Images go to both engines in the same slices, turn and turn about, so that a nei
 Prints for each model and radius the robust accuracy of both, the images on which they differ, seconds,
 their ratio and peak memory, and at the end the same over all, with a sign test. pyautoattack gets its
 best batch size with --batch; it sees the model as it is, the engine its folded copy, as in `guardbench
-evaluate`.
+evaluate`. With `--tier dev` the engine runs a third time, as that tier searches on this device.
 """
 
 import argparse
@@ -23,22 +23,23 @@ from torch import Tensor, nn
 
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_batch, score_clean
+from guardbench.attacks.searched import SLACK, Precision, search_model, searchable
 from guardbench.attacks.stream import rows_at_once
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.imported import from_file
 from guardbench.progress import Progress, clock
 from guardbench.protocol import load_protocol
-from guardbench.runtime import MemoryMeter, device_name
-from guardbench.scoring import searchable
+from guardbench.runtime import MemoryMeter, bf16_gains, device_name
 from guardbench.threat import ThreatModel
 
 ENGINES = ("pyautoattack", "guardbench")
+DEV = "dev tier"
 
 
 @dataclass
 class Measured:
-    """What both engines found on the same images: verdicts by engine, seconds and bytes at the peak."""
+    """What the engines found on the same images: verdicts by engine, seconds and bytes at the peak."""
 
     robust: dict[str, Tensor]
     seconds: dict[str, float]
@@ -46,25 +47,38 @@ class Measured:
 
     def lines(self) -> list[str]:
         """The table of one model at one radius, or of all."""
-        theirs, own = (self.robust[name] for name in ENGINES)
-        higher, lower = int((own & ~theirs).sum()), int((theirs & ~own).sum())
+        reference, *others = self.robust
         found = [
             f"  {name:<13}{100 * self.robust[name].float().mean():6.2f}% robust"
             f"{clock(self.seconds[name]):>14}  {self.memory[name] / 1e9:.2f} GB"
-            for name in ENGINES
+            for name in self.robust
         ]
-        ratio = self.seconds["guardbench"] / max(self.seconds["pyautoattack"], 1e-9)
-        return [
-            *found,
-            f"  differing: {higher} robust to guardbench's alone, {lower} to pyautoattack's alone, "
-            f"sign test p = {sign_test(higher, lower):.3f}; seconds {ratio:.2f} of pyautoattack's",
-        ]
+        for name in others:
+            theirs, own = self.robust[reference], self.robust[name]
+            higher, lower = int((own & ~theirs).sum()), int((theirs & ~own).sum())
+            ratio = self.seconds[name] / max(self.seconds[reference], 1e-9)
+            found.append(
+                f"  differing: {higher} robust to {name}'s alone, {lower} to {reference}'s alone, "
+                f"sign test p = {sign_test(higher, lower):.3f}; seconds {ratio:.2f} of {reference}'s"
+            )
+        return found
 
 
 def measure(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, slice_size: int, batch: int
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    slice_size: int,
+    batch: int,
+    dev: Precision | None = None,
 ) -> Measured:
-    """Runs both engines on the images that the model gets right; the others count as not robust."""
+    """Runs the engines on the images that the model gets right; the others count as not robust.
+
+    Args:
+        dev: what the dev tier searches in here; None leaves it out.
+    """
     device = next(model.parameters()).device
     right = score_clean(model, x, y).nonzero().squeeze(1)
     fast = searchable(model, x[:8].to(device))
@@ -78,14 +92,23 @@ def measure(
         attack = AutoAttack(threat=threat)
         return run_batch(attack, model, x, y, index, seed=0, searched=fast).broken
 
-    run = {"pyautoattack": reference, "guardbench": ours}
+    def unofficial(index: Tensor) -> Tensor:
+        attack = AutoAttack(threat=threat)
+        slack = SLACK if precision == "bf16" else 0.0
+        return run_batch(attack, model, x, y, index, seed=0, searched=half, slack=slack).broken
+
+    run = dict(zip(ENGINES, (reference, ours), strict=True))
+    if dev is not None:
+        half, precision = search_model(model, x[:8].to(device), dev)
+        run[DEV] = unofficial
+    names = [*run]
     found = Measured(
-        {name: torch.zeros(len(x), dtype=torch.bool) for name in ENGINES},
-        dict.fromkeys(ENGINES, 0.0),
-        dict.fromkeys(ENGINES, 0),
+        {name: torch.zeros(len(x), dtype=torch.bool) for name in names},
+        dict.fromkeys(names, 0.0),
+        dict.fromkeys(names, 0),
     )
     for number, index in enumerate(torch.split(right, slice_size)):
-        for name in ENGINES if number % 2 == 0 else ENGINES[::-1]:
+        for name in names if number % 2 == 0 else names[::-1]:
             meter, begun = MemoryMeter(device), time.perf_counter()
             found.robust[name][index] = ~run[name](index)
             found.seconds[name] += time.perf_counter() - begun
@@ -165,10 +188,11 @@ def shares(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> list[
 
 def together(parts: list[Measured]) -> Measured:
     """Everything as one."""
+    names = [*parts[0].robust]
     return Measured(
-        {name: torch.cat([part.robust[name] for part in parts]) for name in ENGINES},
-        {name: sum(part.seconds[name] for part in parts) for name in ENGINES},
-        {name: max(part.memory[name] for part in parts) for name in ENGINES},
+        {name: torch.cat([part.robust[name] for part in parts]) for name in names},
+        {name: sum(part.seconds[name] for part in parts) for name in names},
+        {name: max(part.memory[name] for part in parts) for name in names},
     )
 
 
@@ -181,6 +205,7 @@ def main() -> None:
     words.add_argument("--images", type=int, default=200)
     words.add_argument("--slice", type=int, default=100, help="images an engine gets at a turn")
     words.add_argument("--batch", type=int, help="pyautoattack's; the whole slice unless told")
+    words.add_argument("--tier", choices=("official", "dev"), default="official")
     words.add_argument("--eps", type=Fraction, nargs="+", help="instead of the protocol's")
     words.add_argument(
         "--shares", action="store_true", help="also say where the engine's time goes"
@@ -202,6 +227,10 @@ def main() -> None:
         f"{args.arch}, {len(x)} images of {protocol.id}; {device_name(device)}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+    dev: Precision | None = None
+    if args.tier == "dev":
+        dev = "bf16" if bf16_gains(device.type, protocol.resolution) else "fp32"
+        print(f"{DEV}: searches in {dev} on this device, where the network allows it")
     parts = []
     for weights in args.weights:
         model = from_file(
@@ -210,7 +239,7 @@ def main() -> None:
         ).model.to(device)  # fmt: skip
         clean = 100 * score_clean(model, x, y).float().mean()
         for eps in args.eps or [protocol.threat.model.eps]:
-            size = {"slice_size": args.slice, "batch": args.batch or args.slice}
+            size = {"slice_size": args.slice, "batch": args.batch or args.slice, "dev": dev}
             parts.append(measure(model, x, y, ThreatModel(norm, eps), **size))
             print(f"{weights.stem}, {norm} {eps}, {clean:.1f}% clean", *parts[-1].lines(), sep="\n")
             if args.shares:

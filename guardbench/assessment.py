@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from guardbench.canonical import digest
 from guardbench.checks import flags
-from guardbench.classifiers import Source, open_classifier
+from guardbench.classifiers import Source, fingerprint, open_classifier
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
 from guardbench.errors import GuardbenchError
-from guardbench.evaluation import measured_test
+from guardbench.evaluation import measured_indices, measured_test
 from guardbench.imported import Imported
 from guardbench.pipeline import choose_protocol
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol
 from guardbench.provenance import provenance
 from guardbench.record_files import load_any_record, save_record
-from guardbench.records import ClassifierRecord, Engine, SeedRun
+from guardbench.records import ClassifierRecord, Engine, SeedRun, Tier
 from guardbench.runtime import Run, make_accelerator
 from guardbench.scoring import Costs, engines_used, plan_scoring, score
 from guardbench.store import check_writable, explained
+from guardbench.tier import sample_size
 
 NEAR_CHANCE = 1.5
 
@@ -40,6 +35,8 @@ class Request:
     source: Source
     seed: int
     engine: Engine
+    tier: Tier
+    images: int | None
     device: str
     data_dir: Path | None
     cache_dir: Path | None
@@ -48,19 +45,25 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A classifier that is ready to be scored, before any test image is decoded."""
+    """A classifier that is ready to be scored, before any test image is decoded.
+
+    Attributes:
+        sample: images of the dev tier, None for the official one.
+    """
 
     request: Request
     protocol: Protocol
     run: Run
     imported: Imported
+    sample: int | None
 
     @property
     def record_path(self) -> Path:
         """Where the record goes."""
         folder = self.request.output / "classifiers" / self.protocol.id
         engine = "-reference" if self.request.engine == "reference" else ""
-        return folder / f"{self.imported.described.name}-seed{self.request.seed}{engine}.json"
+        tier = "" if self.sample is None else "-dev"
+        return folder / f"{self.imported.described.name}-seed{self.request.seed}{engine}{tier}.json"
 
 
 def prepare(request: Request, progress: Progress) -> Prepared:
@@ -71,6 +74,8 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     """
     request.source.require_one()
     protocol = choose_protocol(None, request.protocol)
+    classes = dataset_info(protocol.dataset).num_classes
+    sample = sample_size(protocol, classes, request.tier, request.images)
     locate(protocol.dataset, request.data_dir, cache_dir=request.cache_dir)
     accelerator = make_accelerator(request.device, "fp32", protocol.resolution)
     check_writable(request.output)
@@ -79,7 +84,7 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     )
     engines_used(protocol, request.engine)  # refuses an attack that cannot be built
     imported = open_classifier(request.source, protocol, run.device, request.cache_dir)
-    prepared = Prepared(request, protocol, run, imported)
+    prepared = Prepared(request, protocol, run, imported, sample)
     _refuse_another(prepared)
     return prepared
 
@@ -105,6 +110,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
         The record and its path.
     """
     request, protocol, run = prepared.request, prepared.protocol, prepared.run
+    sample = prepared.sample
     with explained(request.output):
         test = load_split(
             protocol.dataset,
@@ -115,7 +121,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             progress=run.progress,
             per_class=1,
         )
-        order = protocol.test_indices(test.ids)
+        order = measured_indices(protocol, test, sample)
         x, y = test.select(order), test.labels[order]
         model = prepared.imported.model
         plan = plan_scoring(
@@ -123,21 +129,23 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             protocol,
             seed=request.seed,
             position=0,
-            subject=_fingerprint(prepared, x[:8], y[:8]),
+            subject=fingerprint(prepared.imported, x[:8], y[:8], run.device),
             test_digest=test.digest,
             engine=request.engine,
+            sample=sample,
         )
         costs = Costs()
         seed = score(run, protocol, plan, model, x, y, costs)
         record = ClassifierRecord(
+            tier=request.tier,
             protocol=protocol.id,
             protocol_sha256=protocol.digest,
             dataset=protocol.dataset,
             resolution=protocol.resolution,
-            test=measured_test(protocol, test),
+            test=measured_test(protocol, test, sample),
             seeds=(seed,),
             cost=tuple(costs.found),
-            provenance=provenance(run, engines_used(protocol, request.engine)),
+            provenance=provenance(run, engines_used(protocol, request.engine), costs.searched),
             flags=(
                 *_near_chance(seed, dataset_info(protocol.dataset).num_classes),
                 *flags((seed,)),
@@ -146,36 +154,6 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
         )
         save_record(prepared.record_path, record)
     return record, prepared.record_path
-
-
-def _fingerprint(prepared: Prepared, x: Tensor, y: Tensor) -> str:
-    """What the stages hang on: everything by which one model can be told from another.
-
-    Weights, and for a few images beside the test images (which are multiples of 1/255, where a
-    quantising defence answers as its network does) the answers and their gradient. For a function,
-    the text of its module too; what that module imports is not looked at.
-    """
-    model, described, device = (
-        prepared.imported.model,
-        prepared.imported.described,
-        prepared.run.device,
-    )
-    sha = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        sha.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    noise = torch.empty(x.shape).uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(0))
-    point = (x + noise).clamp(0, 1).to(device).requires_grad_()
-    answers = model(point)
-    sha.update(answers.detach().float().cpu().numpy().tobytes())
-    if answers.requires_grad:
-        loss = F.cross_entropy(answers.float(), y.to(device), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, point, allow_unused=True)
-        if gradient is not None:
-            sha.update(gradient.float().cpu().numpy().tobytes())
-    words = described.model_dump(mode="json", exclude={"name"})
-    return digest(
-        {"classifier": words, "sha256": sha.hexdigest(), "source": prepared.imported.source}
-    )
 
 
 def _near_chance(seed: SeedRun, classes: int) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from guardbench.attacks.apgd import APGD
 from guardbench.attacks.base import LOGIT_NOISE, frozen
 from guardbench.attacks.pgd import PGD
-from guardbench.attacks.stream import gradient_of
+from guardbench.attacks.stream import Fitting, gradient_of
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import Protocol
 from guardbench.records import Check, SeedRun
@@ -65,15 +65,21 @@ def inspect(
     x, y = x[:IMAGES], y[:IMAGES]
     if not len(x):
         return {}
+    fitting = Fitting()
+
+    def ask(images: Tensor) -> tuple[Tensor, ...]:
+        return (model(images),)
+
     with frozen(model):
         with torch.no_grad():
-            logits, again = model(x), model(x)
-            halves = torch.cat([model(part) for part in torch.split(x, (len(x) + 1) // 2)])
+            (logits,), (again,) = fitting(ask, x), fitting(ask, x)
+            size = min(fitting.most or len(x), len(x))  # less where memory ran out
+            (halves,) = Fitting((size + 1) // 2)(ask, x)
         found = {
             "random-answers": _check(_differ(logits, again), 0.0),
             "batch-dependence": _check(_differ(logits, halves), 0.0),
             "probabilities": _check(_probabilities(logits), 0.5),
-            "zero-gradients": _check(_zero_gradients(model, x, y), 0.02),
+            "zero-gradients": _check(_zero_gradients(model, x, y, fitting), 0.02),
         }
         if threat.norm == "l1" or found["zero-gradients"].value == 1:
             return found  # an attack along gradients would say the same again
@@ -136,12 +142,15 @@ def _probabilities(logits: Tensor) -> Tensor:
     return inside & ((logits.sum(1) - 1).abs() < 1e-3)
 
 
-def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    point = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        loss = F.cross_entropy(model(point), y, reduction="sum")
+def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor, fitting: Fitting) -> Tensor:
+    def differentiate(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        point = images.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(point), labels, reduction="sum")
+        return (gradient_of(loss, point),)
+
     try:
-        gradient = gradient_of(loss, point)
+        (gradient,) = fitting(differentiate, x, y)
     except GuardbenchError:  # none reaches any image
         return torch.ones(len(x), dtype=torch.bool)
     return (gradient.flatten(1) == 0).all(1)
@@ -150,7 +159,8 @@ def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def _fooled(model: nn.Module, attack: APGD | PGD, x: Tensor, y: Tensor, seed: int) -> Tensor:
     found = attack.perturb(model, x, y, seed=seed)
     with torch.no_grad():
-        wrong: Tensor = model(found).argmax(1) != y
+        (logits,) = Fitting()(lambda some: (model(some),), found)
+    wrong: Tensor = logits.argmax(1) != y
     return wrong
 
 

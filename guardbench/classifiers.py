@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from guardbench import canonical
 from guardbench.attacks.robustbench import zoo_model
@@ -106,6 +108,36 @@ def _probe(imported: Imported, images: Tensor) -> None:
         raise GuardbenchError(
             f"{imported.described.arch}: must answer logits [{len(images)}, K], not {shape}."
         )
+
+
+def fingerprint(imported: Imported, x: Tensor, y: Tensor, device: torch.device) -> str:
+    """What the stages hang on: everything by which one model can be told from another.
+
+    Weights, and for a few images beside the test images (which are multiples of 1/255, where a
+    quantising defence answers as its network does) the answers and their gradient. For a function,
+    the text of its module too; what that module imports is not looked at.
+
+    Args:
+        imported: the classifier, on `device`.
+        x, y: the first test images [n, C, H, W] in [0, 1] and their labels [n].
+    """
+    model, described = imported.model, imported.described
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        sha.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    noise = torch.empty(x.shape).uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(0))
+    point = (x + noise).clamp(0, 1).to(device).requires_grad_()
+    answers = model(point)
+    sha.update(answers.detach().float().cpu().numpy().tobytes())
+    if answers.requires_grad:
+        loss = F.cross_entropy(answers.float(), y.to(device), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, point, allow_unused=True)
+        if gradient is not None:
+            sha.update(gradient.float().cpu().numpy().tobytes())
+    words = described.model_dump(mode="json", exclude={"name"})
+    return canonical.digest(
+        {"classifier": words, "sha256": sha.hexdigest(), "source": imported.source}
+    )
 
 
 def _name(text: str) -> str:

@@ -255,6 +255,11 @@ def _is_bounded(a: AnyRecord, b: AnyRecord, name: str) -> bool:
 
 
 def _refuse_unlike(a: AnyRecord, b: AnyRecord) -> None:
+    if a.tier != b.tier:
+        raise GuardbenchError(
+            f"A is of tier {a.tier} and B of tier {b.tier}, which measures other images; run one of them "
+            "again in the other's tier."
+        )
     if a.protocol_sha256 != b.protocol_sha256:
         raise GuardbenchError(
             f"A is under protocol {a.protocol} ({a.protocol_sha256[:12]}) and B under {b.protocol} "
@@ -266,7 +271,9 @@ def _refuse_unlike(a: AnyRecord, b: AnyRecord) -> None:
             "list of test images",
             a.test.list_sha256,
             b.test.list_sha256,
-            "run one of them again with this version of guardbench",
+            "run one of them again with the other's --images"
+            if a.tier == "dev"
+            else "run one of them again with this version of guardbench",
         ),
         (
             "pixels of the test images",
@@ -292,6 +299,8 @@ def _notes(a: AnyRecord, b: AnyRecord, numbers: Sequence[int], rows: set[str]) -
     lines = []
     if isinstance(a, ResultRecord) and isinstance(b, ResultRecord):
         lines += _notes_on_sets(a, b)
+    if a.tier == "dev":
+        lines.append("Both are of the dev tier, on a subset of the protocol's images: unofficial.")
     if a.provenance.engines != b.provenance.engines:
         lines.append("A and B were attacked by different engines (`guardbench show` says which).")
     for letter, record in (("A", a), ("B", b)):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from guardbench import canonical
 from guardbench.attacks.base import Images, plan_batches, run_batch, score_clean
 from guardbench.attacks.build import parse_fraction
-from guardbench.attacks.stream import within
+from guardbench.attacks.searched import searchable
+from guardbench.attacks.stream import telling, within
 from guardbench.attacks.warm import WarmPGD
+from guardbench.classifiers import fingerprint
 from guardbench.errors import GuardbenchError
 from guardbench.figures import new_figure, save_png
+from guardbench.imported import Imported
 from guardbench.metrics import wilson
 from guardbench.protocol import first_problem
 from guardbench.records import Line, Name, Sha256, Strict, only_const
+from guardbench.runtime import Run
+from guardbench.scoring import ENGINE_VERSION, attack_batch
 from guardbench.store import read_text, write_text
 from guardbench.threat import Norm, ThreatModel
 
@@ -112,6 +117,8 @@ def security_curve(
     steps: int = STEPS,
     batch_size: int = 256,
     told: Callable[[int], None] = lambda _: None,
+    state: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Tensor:
     """At which radius each image is broken.
 
@@ -127,18 +134,29 @@ def security_curve(
         radii: rising.
         searched: see `run_batch`.
         batch_size: images at a time; no more are decoded at once.
-        told: hears how many images a finished batch had; first of those wrong when clean.
+        told: hears how many images a finished batch had; first of those wrong when clean, and of those
+            that an earlier run had finished.
+        state: from which an earlier run is to go on, as `keep` heard it.
+        keep: hears after each radius what a later run needs to go on from there.
 
     Returns:
         int64 [N]: 0 for wrong when clean, k for broken at `radii[k - 1]`, `len(radii) + 1` for none.
     """
-    clean = score_clean(model, x, y, batch_size=batch_size)
-    found = torch.where(clean, len(radii) + 1, 0)
-    told(int((~clean).sum()))
-    for index in plan_batches(clean, batch_size):
+    if state is None:
+        clean = score_clean(model, x, y, batch_size=batch_size)
+        state = {"found": torch.where(clean, len(radii) + 1, 0), "batch": 0, "radius": 0}
+    found: Tensor = state["found"].clone()
+    begun, behind = int(state["batch"]), int(state["radius"])
+    batches = plan_batches(found > 0, batch_size)
+    told(int((found == 0).sum()) + sum(map(len, batches[:begun])))
+    for number, index in enumerate(batches[begun:], start=begun):
         attack = WarmPGD(ThreatModel(norm, radii[0]), x[index], steps)
-        left = index
-        for place, eps in enumerate(radii, start=1):
+        if behind:
+            attack.ended = state["ended"]
+        left = index[found[index] > len(radii)]
+        for place, eps in enumerate(radii[behind:], start=behind + 1):
+            if not len(left):
+                break
             attack.threat = ThreatModel(norm, eps)
             with within((place - 1) / len(radii), place / len(radii)):
                 outcome = run_batch(
@@ -146,10 +164,63 @@ def security_curve(
                 )
             found[left[outcome.broken]] = place
             left = left[~outcome.broken]
-            if not len(left):
-                break
+            keep({"found": found, "batch": number, "radius": place, "ended": attack.ended})
+        behind = 0
         told(len(index))
     return found
+
+
+def stored_curve(
+    run: Run,
+    imported: Imported,
+    x: Images,
+    y: Tensor,
+    norm: Norm,
+    radii: Sequence[Fraction],
+    *,
+    test_digest: str,
+    images_digest: str,
+) -> tuple[Tensor, str]:
+    """`security_curve` as a stage of a run: a finished one is read, a killed one goes on.
+
+    Args:
+        imported: the classifier, on the run's device.
+        x, y, norm, radii: see `security_curve`.
+        test_digest: of the decoded split that the images are from.
+        images_digest: of their ids, in order.
+
+    Returns:
+        What `security_curve` gives, and the device that it was measured on.
+    """
+    size = attack_batch(x.shape[-1])
+    words = {
+        "stage": "curve", "version": ENGINE_VERSION, "test": test_digest, "list": images_digest,
+        "classifier": fingerprint(imported, x[:8], y[:8], run.device),
+        "norm": norm, "radii": [str(eps) for eps in radii], "steps": STEPS, "batch": size,
+    }  # fmt: skip
+    folder = run.stage("curve", "curves", words)
+    stored = folder.finished()
+    if stored is not None:
+        return torch.tensor(stored["found"]), str(stored["cost"]["device"])
+    state = folder.begin(run.device)
+
+    def keep(state: dict[str, Any]) -> None:
+        if folder.due():
+            folder.checkpoint(state)
+
+    with run.progress.stage("curve", len(x), "images") as bar:
+
+        def tell(share: float, alive: int) -> None:
+            bar.within(share * min(size, len(x) - bar.done), f"{alive} of a batch not yet broken")
+
+        with telling(tell):
+            found = security_curve(
+                imported.model, x, y, norm, radii,
+                searched=searchable(imported.model, x[:8].to(run.device)),
+                batch_size=size, told=bar.advance, state=state, keep=keep,
+            )  # fmt: skip
+    stored = folder.finish(run.device, found=found.tolist())
+    return found, str(stored["cost"]["device"])
 
 
 def points_of(found: Tensor, radii: Sequence[Fraction]) -> tuple[Point, ...]:

@@ -30,6 +30,7 @@ class Manifest(Strict):
     """What a distilled set is, and the digest of each of its files.
 
     Attributes:
+        ipc: images per class; 0 for a whole training set, whose classes differ in size.
         classes: names in label order.
         label_kind: `hard`, `soft`, or `teacher` when views are labelled by a network.
         teacher_arch: its architecture, when `label_kind` is `teacher`.
@@ -42,7 +43,7 @@ class Manifest(Strict):
     dataset: Name
     resolution: int = Field(gt=0, le=1024)
     channels: int = Field(ge=1, le=4)
-    ipc: int = Field(gt=0)
+    ipc: int = Field(ge=0)
     method: Name
     classes: tuple[str, ...]
     label_kind: LabelKind
@@ -172,7 +173,11 @@ def load_distilled(folder: Path) -> DistilledDataset:
 
 
 def check_images(images: Tensor, hard: Tensor, *, ipc: int, classes: int, where: str) -> None:
-    """Raises a GuardbenchError that names what is wrong with a distilled set's tensors."""
+    """Raises a GuardbenchError that names what is wrong with a distilled set's tensors.
+
+    Args:
+        ipc: how many images every class must have; 0 for as many as there are, one at least.
+    """
     if images.ndim != 4 or images.dtype != torch.float32 or len(images) != len(hard):
         raise GuardbenchError(f"{where}: images must be float32 [N, C, H, W], one label each.")
     if not bool(torch.isfinite(images).all()):
@@ -183,6 +188,8 @@ def check_images(images: Tensor, hard: Tensor, *, ipc: int, classes: int, where:
             f"{where}: images must lie in [0, 1], found [{low:.4g}, {high:.4g}]; undo the normalisation."
         )
     counts = torch.bincount(hard, minlength=classes)
+    if ipc == 0 and len(counts) == classes and bool((counts > 0).all()):
+        return
     if len(counts) != classes or bool((counts != ipc).any()):
         worst = int((counts != ipc).int().argmax())
         raise GuardbenchError(

@@ -11,9 +11,10 @@ from guardbench.data.dataset import RealDataset
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
 from guardbench.protocol import Protocol, list_digest
-from guardbench.records import Artifact, Engine, SeedRun, StageCost, TestSet
+from guardbench.records import Artifact, Engine, SeedRun, TestSet
 from guardbench.runtime import Run
 from guardbench.scoring import Costs, ScoringPlan, plan_scoring, score
+from guardbench.tier import stratified
 from guardbench.training import plan_relabel, plan_student, relabel, train_student
 
 
@@ -27,10 +28,17 @@ class SeedPlan:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """All stages that answer the question for one distilled dataset under one protocol."""
+    """All stages that answer the question for one distilled dataset under one protocol.
+
+    Attributes:
+        labels: the teacher's; None where the labels need none.
+        seeds: one student each.
+        sample: images of the dev tier, None for the official one.
+    """
 
     labels: PlannedStage | None
     seeds: tuple[SeedPlan, ...]
+    sample: int | None = None
 
     @property
     def stages(self) -> list[PlannedStage]:
@@ -50,6 +58,7 @@ def plan_evaluation(
     teacher: bool,
     test_digest: str | None,
     engine: Engine = "guardbench",
+    sample: int | None = None,
 ) -> EvaluationPlan:
     """Plans the evaluation of a distilled dataset; needs no images.
 
@@ -59,6 +68,7 @@ def plan_evaluation(
         teacher: whether a teacher labels its views.
         test_digest: of the decoded validation images; None while they have not been decoded.
         engine: whose AutoAttack and Square run.
+        sample: images of the dev tier (`tier.sample_size`), None for the official one.
     """
     student = protocol.student
     labels = plan_relabel(run, artifact, student, images) if teacher else None
@@ -73,9 +83,10 @@ def plan_evaluation(
             subject=training.folder.key,
             test_digest=test_digest,
             engine=engine,
+            sample=sample,
         )
         seeds.append(SeedPlan(training, scoring))
-    return EvaluationPlan(labels, tuple(seeds))
+    return EvaluationPlan(labels, tuple(seeds), sample)
 
 
 def evaluate(
@@ -84,7 +95,7 @@ def evaluate(
     plan: EvaluationPlan,
     distilled: DistilledDataset,
     test: RealDataset,
-) -> tuple[tuple[SeedRun, ...], tuple[StageCost, ...]]:
+) -> tuple[tuple[SeedRun, ...], Costs]:
     """Trains the protocol's students on a distilled dataset and attacks them.
 
     Args:
@@ -92,12 +103,12 @@ def evaluate(
         test: the dataset's validation split; only the protocol's images are measured.
 
     Returns:
-        One SeedRun a student, and what each stage cost.
+        One SeedRun a student, and what the stages cost.
 
     Raises:
         GuardbenchError: the test images are not the protocol's, or an attack broke its own rules.
     """
-    order = protocol.test_indices(test.ids)
+    order = measured_indices(protocol, test, plan.sample)
     x, y = test.select(order), test.labels[order]
     costs = Costs()
     if plan.labels is not None:
@@ -110,7 +121,7 @@ def evaluate(
                 run, distilled, protocol.student, seed.scoring.seed, seed.student, plan.labels
             )
         runs.append(score(run, protocol, seed.scoring, model, x, y, costs))
-    return tuple(runs), tuple(costs.found)
+    return tuple(runs), costs
 
 
 def measured_artifact(distilled: DistilledDataset) -> Artifact:
@@ -124,9 +135,26 @@ def measured_artifact(distilled: DistilledDataset) -> Artifact:
     )
 
 
-def measured_test(protocol: Protocol, test: RealDataset) -> TestSet:
-    """The record's description of the images measured."""
+def measured_indices(protocol: Protocol, test: RealDataset, sample: int | None) -> list[int]:
+    """The places in `test` of the images that a tier measures, in the protocol's order.
+
+    Args:
+        test: the dataset's validation split.
+        sample: images of the dev tier, None for the official one.
+
+    Raises:
+        GuardbenchError: the images are not the protocol's, or a class has too few for the sample.
+    """
     order = protocol.test_indices(test.ids)
+    if sample is None:
+        return order
+    labels = test.labels[order].tolist()
+    return [order[place] for place in stratified(labels, sample, test.num_classes)]
+
+
+def measured_test(protocol: Protocol, test: RealDataset, sample: int | None) -> TestSet:
+    """The record's description of the images measured."""
+    order = measured_indices(protocol, test, sample)
     return TestSet(
         data_sha256=test.digest,
         list_sha256=list_digest(test.ids[i] for i in order),

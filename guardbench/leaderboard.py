@@ -150,6 +150,8 @@ def build_leaderboard(
 def mismatch(record: ResultRecord, protocol: BoardProtocol, ipc: int) -> str | None:
     """Why `record` cannot stand on that board, with the way out; None when it can."""
     again = f"run it again with `guardbench run --protocol {protocol.id}`."
+    if record.tier != "official":
+        return f"tier: {record.tier}, a board takes official records alone; {again}"
     if record.protocol != protocol.id or record.protocol_sha256 != protocol.digest:
         return (
             f"protocol: measured under {record.protocol}, digest {record.protocol_sha256[:12]}, "

@@ -6,6 +6,7 @@ A method is a folder `baselines/<method>/` with a `method.toml`. The files trave
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 
 import guardbench
 from guardbench.errors import GuardbenchError
-from guardbench.protocol import first_problem, read_toml, unknown
+from guardbench.protocol import first_problem, read_toml, toml_value, unknown
 from guardbench.records import Name, Strict
 
 
@@ -42,14 +43,45 @@ class Recipe(Strict):
         return words
 
 
+class Published(Strict):
+    """Accuracies that the method's paper, or GUARD's, reports on a dataset at one IPC.
+
+    Attributes:
+        dataset, ipc: of the setting.
+        source: paper and table.
+        note: what is doubtful about the cells, if anything.
+        cells: top-1 accuracy in percent, by `clean` or the attack's column.
+    """
+
+    dataset: Name
+    ipc: int = Field(gt=0)
+    source: str = Field(max_length=400)
+    note: str = Field(default="", max_length=400)
+    cells: dict[Name, float]
+
+
 class MethodFile(Strict):
-    """A `method.toml`."""
+    """A `method.toml`.
+
+    Attributes:
+        name: the folder's.
+        title: as people write it.
+        paper: whose method it is.
+        distiller: name in the registry.
+        like: a method whose distiller and recipes this one takes over where it says nothing else;
+            tables of `params` merge field by field, a `regulariser` replaces the other's whole.
+        regulariser: of every recipe that names none of its own.
+        recipes: by `<dataset>@<resolution>`.
+        published: what papers report for it.
+    """
 
     name: Name
     title: str = Field(max_length=80)
     paper: str = Field(max_length=400)
     distiller: Name
-    recipes: dict[str, Recipe]  # "<dataset>@<resolution>"
+    like: Name | None = None
+    recipes: dict[str, Recipe]
+    published: tuple[Published, ...] = ()
 
     def recipe(self, dataset: str, resolution: int) -> Recipe:
         """The recipe for a dataset at a resolution, or a GuardbenchError that lists those that exist."""
@@ -74,6 +106,12 @@ def method_names() -> list[str]:
     return sorted(path.parent.name for path in methods_folder().glob("*/method.toml"))
 
 
+def measured(name: str) -> list[str]:
+    """The records of a method that came with guardbench, such as `digits ipc10-seed0`, sorted."""
+    results = methods_folder() / name / "results"
+    return sorted(f"{path.parent.name} {path.stem}" for path in results.glob("*/*.json"))
+
+
 def load_method(name: str) -> MethodFile:
     """The method of that name.
 
@@ -82,11 +120,84 @@ def load_method(name: str) -> MethodFile:
     """
     if name not in method_names():
         raise unknown("method", name, method_names())
-    path = methods_folder() / name / "method.toml"
+    path = method_path(name)
     try:
-        method = MethodFile.model_validate(read_toml(path, what="method"))
+        method = MethodFile.model_validate(_words(name, ()))
     except ValidationError as error:
         raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
     if method.name != name:
         raise GuardbenchError(f"{path}: name: {method.name!r} is not the folder's name.")
     return method
+
+
+def method_path(name: str) -> Path:
+    """Where the file of a method lies."""
+    return methods_folder() / name / "method.toml"
+
+
+def _words(name: str, above: Sequence[str]) -> dict[str, Any]:
+    """The words of a method file with what it takes over from the method that it is like."""
+    path = method_path(name)
+    words = read_toml(path, what="method")
+    like = words.get("like")
+    if like is not None:
+        if like not in method_names() or like in (name, *above):
+            raise GuardbenchError(f"{path}: like: {like!r} is no other method.")
+        words = _inherited(_words(str(like), (name, *above)), words)
+    regulariser = words.pop("regulariser", None)
+    if regulariser is not None:
+        for recipe in _table(words, "recipes").values():
+            if isinstance(recipe, dict):
+                recipe.setdefault("regulariser", regulariser)
+    return words
+
+
+def _inherited(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    recipes = {key: dict(recipe) for key, recipe in _table(base, "recipes").items()}
+    if "regulariser" in own:
+        for recipe in recipes.values():
+            recipe.pop("regulariser", None)
+    for key, recipe in _table(own, "recipes").items():
+        if not isinstance(recipe, dict):
+            return own  # not a recipe, as the validation will say
+        found = recipes.get(key, {})
+        params, changes = dict(_table(found, "params")), _table(recipe, "params")
+        for stage, table in changes.items():
+            params[stage] = {**_table(params, stage), **_table(changes, stage)} if table else table
+        recipes[key] = {**found, **recipe, "params": params}
+    return {"distiller": base.get("distiller"), **own, "recipes": recipes}
+
+
+def _table(words: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The table under `key`, or an empty one where there is something else."""
+    found = words.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def overridden(
+    recipe: Recipe, assignments: Sequence[str], fields: Mapping[str, Collection[str]]
+) -> Recipe:
+    """A recipe with some values set anew, as `--set stage.field=value` asks.
+
+    Args:
+        assignments: such as `squeeze.epochs=5` or `regulariser.weight=0.1`; values as in TOML, a
+            bare word stands for a string.
+        fields: the names that exist, by table: the distiller's stages and `regulariser`.
+
+    Raises:
+        GuardbenchError: no assignment, or it names no field (with the nearest name).
+    """
+    words = recipe.model_dump()
+    for text in assignments:
+        path, sign, value = text.partition("=")
+        table, dot, field = path.strip().partition(".")
+        if not sign or not dot or not value.strip():
+            raise GuardbenchError(f"--set {text}: write STAGE.FIELD=VALUE, as squeeze.epochs=5.")
+        known = [f"{stage}.{name}" for stage, names in fields.items() for name in names]
+        if f"{table}.{field}" not in known:
+            raise unknown("--set field", path.strip(), known)
+        where = words["regulariser"] if table == "regulariser" else words["params"]
+        if table != "regulariser":
+            where = where.setdefault(table, {})
+        where[field] = toml_value(value.strip())
+    return Recipe.model_validate(words)

@@ -20,9 +20,15 @@ def _to_2(words: dict[str, Any]) -> dict[str, Any]:
     return {**words, "provenance": {**made, "engines": engines}}
 
 
+def _to_3(words: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 says the tier, and what was set; before it all was official, and nothing was."""
+    own: dict[str, Any] = {"overrides": []} if "method" in words else {}
+    return {**words, "tier": "official", **own}
+
+
 # MIGRATIONS[k] turns the words of version k + 1 into those of version k + 2. A published entry
 # never changes; with each, tests/golden gains a file of the version that it leads to.
-MIGRATIONS: tuple[Migration, ...] = (_to_2,)
+MIGRATIONS: tuple[Migration, ...] = (_to_2, _to_3)
 
 
 def migrate(words: dict[str, Any], migrations: Sequence[Migration] = MIGRATIONS) -> dict[str, Any]:

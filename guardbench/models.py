@@ -203,8 +203,8 @@ ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "resnet18": _resnet("18"),
     "resnet50": _resnet("50"),
     "convnet-d3": _convnet(128, "instance"),
-    "convnet-d2-small": _convnet(32, "instance", depth=2),
     "convnet-d3-small": _convnet(32, "instance"),
+    "convnet-d2-small": _convnet(32, "instance", depth=2),
     "convnet-d3-bn": _convnet(128, "batch"),
     "convnet-d3-bn-small": _convnet(32, "batch"),
 }
@@ -232,7 +232,7 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-class _DenseConv2d(nn.Module):
+class DenseConv2d(nn.Module):
     """A convolution on a map smaller than its kernel, as one matrix: no product with padding is left.
 
     A 3x3 kernel on a 2x2 map meets padding in five of nine taps; ResNet-18 at 64 px spends a fifth
@@ -257,6 +257,7 @@ class _DenseConv2d(nn.Module):
             self.register_buffer("bias", bias.detach().to(answer).repeat(self.side * self.side))
 
     def forward(self, images: Tensor) -> Tensor:
+        """The map [n, C', S', S'] of `images` [n, C, S, S]."""
         rows = images.permute(0, 2, 3, 1).flatten(1)
         answer = torch.addmm(self.bias, rows, self.matrix)
         return answer.view(len(images), self.side, self.side, -1).permute(0, 3, 1, 2)
@@ -284,7 +285,7 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
         conv = copy.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         if side < conv.kernel_size[0] and conv.groups == 1:
-            copy.set_submodule(name, _DenseConv2d(conv, side))
+            copy.set_submodule(name, DenseConv2d(conv, side))
     return copy.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -305,6 +306,24 @@ def _input_sides(model: nn.Module, image: Tensor) -> dict[str, int]:
     for hook in hooks:
         hook.remove()
     return sides
+
+
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the last linear layer sees, [N, D], for images [N, C, H, W] in [0, 1].
+
+    Raises:
+        GuardbenchError: the model has no linear layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise GuardbenchError("a network without a linear layer has no features to compare.")
+    seen: list[Tensor] = []
+    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    return seen[-1]
 
 
 @contextmanager

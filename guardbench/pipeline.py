@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ from guardbench.data.dataset import RealDataset, load_split
 from guardbench.data.locate import Located, locate
 from guardbench.data.peek import cached_digest, class_order
 from guardbench.distilled import MANIFEST, PREVIEW
-from guardbench.distillers.base import Distiller, PlannedStage, Task
+from guardbench.distillers.base import Distiller, PlannedStage, Task, tables
 from guardbench.errors import GuardbenchError
 from guardbench.evaluation import (
     EvaluationPlan,
@@ -27,17 +27,18 @@ from guardbench.evaluation import (
     plan_evaluation,
 )
 from guardbench.leaderboard import board_path, build_workspace_boards, rebuild, write
-from guardbench.methods import MethodFile, load_method
+from guardbench.methods import MethodFile, Recipe, load_method, overridden
 from guardbench.models import build_model
 from guardbench.progress import Progress
-from guardbench.protocol import Protocol, load_protocol, protocol_ids, unknown
+from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.provenance import provenance
 from guardbench.record_files import save_record
-from guardbench.records import Engine, Method, ResultRecord
-from guardbench.registry import DISTILLERS, resolve
+from guardbench.records import Engine, Method, ResultRecord, Tier
+from guardbench.registry import DISTILLERS, REGULARISERS, resolve
 from guardbench.runtime import Run, make_accelerator, stage_cost
 from guardbench.scoring import engines_used
 from guardbench.store import check_writable, explained, read_text, write_text
+from guardbench.tier import sample_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,9 @@ class Settings:
     output: Path
     publish: bool
     engine: Engine
+    tier: Tier
+    images: int | None
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +91,16 @@ class Plan:
     @property
     def record_path(self) -> Path:
         """Where the record goes in the workspace."""
-        name = f"{self.method.name}-seed{self.settings.seed}.json"
-        return self._folder / self.protocol.id / f"ipc{self.settings.ipc}" / name
+        name = f"{self.method.name}{self.own}-seed{self.settings.seed}.json"
+        # Boards are built from `records`, where a dev record has no place.
+        folder = self.settings.output / ("records" if self.settings.tier == "official" else "dev")
+        return folder / self.protocol.id / f"ipc{self.settings.ipc}" / name
 
     @property
-    def _folder(self) -> Path:
-        return self.settings.output / "records"
+    def own(self) -> str:
+        """Nothing for the committed recipe, else a mark of what was set, so that both can stand."""
+        settings = sorted(self.settings.overrides)
+        return f"-set-{canonical.digest(settings)[:8]}" if settings else ""
 
 
 @dataclass(frozen=True)
@@ -143,10 +151,14 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         GuardbenchError: unknown names, a device or precision that is not there, missing data, an
             output folder that cannot be written.
     """
+    if settings.publish and settings.tier == "dev":
+        raise GuardbenchError("--publish: a dev record is unofficial; publish without --tier dev.")
     protocol = choose_protocol(settings.dataset, settings.protocol)
     protocol.check_ipc(settings.ipc)
     method = load_method(settings.method)
+    distiller = cast(Distiller, resolve(DISTILLERS, "distiller", method.distiller)())
     recipe = method.recipe(protocol.dataset, protocol.resolution)
+    recipe = overridden(recipe, settings.overrides, _fields(distiller, recipe))
     located = locate(protocol.dataset, settings.data_dir, cache_dir=settings.cache_dir)
     accelerator = make_accelerator(settings.device, settings.precision, protocol.resolution)
     checkout = _checkout() if settings.publish else None
@@ -156,6 +168,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         )
     check_writable(settings.output)
     info = dataset_info(protocol.dataset)
+    sample = sample_size(protocol, info.num_classes, settings.tier, settings.images)
     cached = partial(
         cached_digest, info, located, resolution=protocol.resolution, cache_dir=settings.cache_dir
     )
@@ -181,9 +194,6 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         ipc=settings.ipc,
         threat=protocol.threat.model,
     )
-    if method.distiller not in DISTILLERS:
-        raise unknown("distiller", method.distiller, DISTILLERS)
-    distiller = cast(Distiller, resolve(DISTILLERS, "distiller", method.distiller)())
     distilling = distiller.plan(task)
     return Plan(
         settings=settings,
@@ -198,10 +208,11 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
             run,
             protocol,
             artifact=distilling[-1].folder.key,
-            images=settings.ipc * len(classes),
+            images=distiller.image_count(task),
             teacher=distiller.label_kind(task) == "teacher",
             test_digest=test_digest,
             engine=settings.engine,
+            sample=sample,
         ),
         checkout=checkout,
     )
@@ -223,35 +234,50 @@ def execute(plan: Plan) -> Finished:
         ]
         seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, test)
         record = ResultRecord(
+            tier=settings.tier,
             protocol=protocol.id,
             protocol_sha256=protocol.digest,
             dataset=protocol.dataset,
             resolution=protocol.resolution,
             ipc=settings.ipc,
             method=_method(plan),
+            overrides=settings.overrides,
             artifact=measured_artifact(distilled),
-            test=measured_test(protocol, test),
+            test=measured_test(protocol, test, plan.evaluating.sample),
             seeds=seeds,
-            cost=(*costs, *evaluating),
-            provenance=provenance(run, engines_used(protocol, settings.engine)),
+            cost=(*costs, *evaluating.found),
+            provenance=provenance(
+                run, engines_used(protocol, settings.engine), evaluating.searched
+            ),
             flags=flags(seeds),
         )
         save_record(plan.record_path, record)
-        _keep_protocol(settings)
-        build_workspace_boards(
-            settings.output, load=partial(_known_protocol, settings.output), warn=warnings.append
-        )
-        board = settings.output / "leaderboards" / protocol.id / f"ipc{settings.ipc}.json"
         folder = plan.distilling[-1].folder.path / "distilled"
         paths = {
             "artifact": folder / MANIFEST,
             "record": plan.record_path,
-            "board": board,
             "images": folder / PREVIEW,
         }
+        if settings.tier == "official":
+            _keep_protocol(settings)
+            build_workspace_boards(
+                settings.output,
+                load=partial(_known_protocol, settings.output),
+                warn=warnings.append,
+            )
+            paths["board"] = settings.output / board_path(protocol.id, settings.ipc)
         if plan.checkout is not None:
             paths |= _publish(plan, plan.checkout, record)
     return Finished(record, paths, tuple(warnings))
+
+
+def _fields(distiller: Distiller, recipe: Recipe) -> dict[str, list[str]]:
+    """What `--set` may name."""
+    found = {name: list(table.model_fields) for name, table in tables(distiller.params).items()}
+    kind = str(recipe.regulariser["kind"])
+    regulariser = resolve(REGULARISERS, "regulariser", kind)
+    numbers = [part.name for part in fields(regulariser) if part.name != "threat"]
+    return {**found, "regulariser": ["kind", *numbers]}
 
 
 def expected_seconds(plan: Plan) -> float:
@@ -309,7 +335,7 @@ def _method(plan: Plan) -> Method:
         distiller=plan.method.distiller,
         regulariser=str(recipe.regulariser["kind"]),
         recipe_sha256=canonical.digest(recipe.model_dump(mode="json", exclude={"source"})),
-        official=True,
+        official=not plan.settings.overrides,
     )
 
 
@@ -336,7 +362,7 @@ def _known_protocol(workspace: Path, name: str) -> Protocol:
 
 def _publish(plan: Plan, checkout: Path, record: ResultRecord) -> dict[str, Path]:
     folder = checkout / "baselines" / plan.method.name / "results" / plan.protocol.id
-    path = folder / f"ipc{plan.settings.ipc}-seed{plan.settings.seed}.json"
+    path = folder / f"ipc{plan.settings.ipc}{plan.own}-seed{plan.settings.seed}.json"
     save_record(path, record)
     write(checkout, rebuild(checkout))
     return {

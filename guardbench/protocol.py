@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -76,7 +77,9 @@ class Student(Strict):
         seeds: one student is trained and attacked for each.
         epochs: passes over the distilled set, each with fresh views.
         batch_size: images a step; the whole set when it is smaller.
-        lr, weight_decay: of AdamW, annealed to 0 on a cosine.
+        lr, weight_decay: of the optimizer.
+        optimizer: `adamw`, or `sgd` with `momentum`.
+        schedule: of the learning rate: `cosine` to 0, or `half`: a tenth from half time on.
         temperature: of the KL divergence to soft targets.
         crop_scale: smallest and largest share of the area that a view keeps.
         flip: views are mirrored with probability 1/2 (off where mirroring changes the class).
@@ -89,10 +92,27 @@ class Student(Strict):
     batch_size: int = Field(gt=0)
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    schedule: Literal["cosine", "half"] = "cosine"
     temperature: float = Field(gt=0)
     crop_scale: CropScale
     flip: bool
     cutmix: float = Field(ge=0)
+
+    def words(self) -> dict[str, Any]:
+        """What shapes a student, for digests; a field younger than a protocol counts only if set."""
+        words = self.model_dump(mode="json")
+        for name in ("optimizer", "momentum", "schedule"):
+            if words[name] == type(self).model_fields[name].default:
+                del words[name]
+        return words
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        if self.schedule == "half":
+            return self.lr * (0.1 if epoch >= self.epochs // 2 else 1)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
 
 class TestImages(Strict):
@@ -169,6 +189,7 @@ class Protocol(Strict):
     def digest(self) -> str:
         """SHA-256 of what is measured; the title and what supersedes it do not count."""
         words = self.model_dump(mode="json", exclude={"title", "source", "superseded_by"})
+        words["student"] = self.student.words()
         for attack in words["attacks"]:
             if "sha256" in attack["params"]:  # which says what the file holds, wherever it lies
                 attack["params"].pop("weights", None)
@@ -233,6 +254,14 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
         return tomllib.loads(read_text(path, what=what, limit=1 << 20))
     except tomllib.TOMLDecodeError as error:
         raise GuardbenchError(f"{path}: {what} is not valid TOML: {error}.") from error
+
+
+def toml_value(text: str) -> Any:
+    """A value as it stands in TOML; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def first_problem(error: ValidationError) -> str:

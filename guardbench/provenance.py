@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -17,8 +17,17 @@ from guardbench.runtime import Run, device_name
 PACKAGES = ("torch", "torchvision", "accelerate", "pyautoattack", "numpy", "pillow", "scikit-learn")
 
 
-def provenance(run: Run, engines: Mapping[str, Engine]) -> Provenance:
-    """Versions and hardware of a run, and whose loops ran which attack, for its record."""
+def provenance(
+    run: Run, engines: Mapping[str, Engine], searched: Collection[str] = ()
+) -> Provenance:
+    """Versions and hardware of a run, and whose loops ran which attack, for its record.
+
+    Args:
+        searched: the precisions that attacks of the dev tier searched in.
+    """
+    precision = {"distillation": run.precision, "students": run.precision, "attacks": "fp32"}
+    if searched:
+        precision["search"] = " and ".join(sorted(searched))
     return Provenance(
         guardbench=guardbench.__version__,
         commit=_commit(),
@@ -26,7 +35,7 @@ def provenance(run: Run, engines: Mapping[str, Engine]) -> Provenance:
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         device=device_name(run.device),
-        precision={"distillation": run.precision, "students": run.precision, "attacks": "fp32"},
+        precision=precision,
         threads=torch.get_num_threads(),
         engines=dict(engines),
     )

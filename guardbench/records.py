@@ -16,12 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from guardbench import canonical
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 RESERVED = ("clean", "worst_case")
 
 LabelKind = Literal["hard", "soft", "teacher"]
 Engine = Literal["guardbench", "reference"]
 """Whose loops run AutoAttack and Square: this package's, or pyautoattack's untouched."""
+Tier = Literal["official", "dev"]
+"""Whether a number may stand on a board, or is of work in progress (`guardbench.tier`)."""
 
 # Control, bidirectional and zero-width characters would let a name rewrite a reader's terminal.
 _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -266,7 +268,8 @@ class Provenance(Strict):
         python: its version.
         platform: operating system and processor.
         device: where it ran.
-        precision: stage -> effective precision, such as `{"squeeze": "bf16", "attacks": "fp32"}`.
+        precision: stage -> effective precision, such as `{"squeeze": "bf16", "attacks": "fp32"}`. Of a dev
+            record, `search` is what attacks searched in; `attacks` is what judged their images.
         threads: CPU threads used.
         engines: attack -> whose loops ran it, for attacks that both this package and pyautoattack
             (`reference`) have.
@@ -315,6 +318,7 @@ class _Measured(Strict):
 
     Attributes:
         schema_version: of this file format.
+        tier: `dev` is unofficial, and on a subset of the protocol's images.
         protocol: id of the protocol; `protocol_sha256` says which content of it.
         dataset, resolution: of the images, in pixels a side.
         test: which images.
@@ -324,7 +328,8 @@ class _Measured(Strict):
         flags: warnings that stand beside the row, such as signs of gradient masking.
     """
 
-    schema_version: Literal[2] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
+    schema_version: Literal[3] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
+    tier: Tier
     protocol: Name
     protocol_sha256: Sha256
     dataset: Name
@@ -367,6 +372,10 @@ class _Measured(Strict):
         words = self.model_dump(mode="json", exclude={"cost", "provenance", "schema_version"})
         for run in words["seeds"]:
             del run["checks"]
+        if not words.get("overrides"):  # of version 3; a result keeps its digest
+            words.pop("overrides", None)
+        if self.tier == "official":  # which all were before there were tiers
+            del words["tier"]
         return canonical.digest(words)
 
     @property
@@ -381,11 +390,19 @@ class ResultRecord(_Measured):
     Attributes:
         ipc: images per class of the distilled dataset.
         method, artifact: who, and what.
+        overrides: what `--set` changed in the committed recipe, such as `squeeze.epochs=5`.
     """
 
     ipc: int = Field(ge=1, le=1_000_000)
     method: Method
     artifact: Artifact
+    overrides: tuple[Line, ...] = Field(max_length=64)
+
+    @model_validator(mode="after")
+    def _says_what_was_set(self) -> ResultRecord:
+        if self.overrides and self.method.official:
+            raise ValueError("overrides: settings were changed, and method.official is true")
+        return self
 
 
 class ClassifierRecord(_Measured):

@@ -8,8 +8,15 @@ from typing import Any
 from guardbench.protocol import unknown
 
 DISTILLERS = {
-    "mtt": "guardbench.distillers.trajectories:MTT",
     "sre2l": "guardbench.distillers.sre2l:SRe2L",
+    "random": "guardbench.distillers.coreset:Random",
+    "herding": "guardbench.distillers.coreset:Herding",
+    "k-center": "guardbench.distillers.coreset:KCenter",
+    "full": "guardbench.distillers.coreset:Full",
+    "dc": "guardbench.distillers.matching:DC",
+    "dsa": "guardbench.distillers.matching:DSA",
+    "dm": "guardbench.distillers.distribution:DM",
+    "mtt": "guardbench.distillers.trajectories:MTT",
     "tesla": "guardbench.distillers.trajectories:TESLA",
 }
 REGULARISERS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from guardbench.records import AnyRecord, ClassifierRecord, StageCost, printable
 
 if TYPE_CHECKING:  # numpy, which `show` does not need
     from guardbench.compare import Comparison, Counts, Row, Side
+    from guardbench.published import Cell
 
 _SEED_COLUMNS = 4  # more students than these do not fit 80 columns side by side
 
@@ -65,6 +66,7 @@ def _head(record: AnyRecord, threat: str | None) -> list[str]:
     engine = f"pyautoattack for {', '.join(theirs)}" if theirs else "guardbench's own"
     return [
         *_subject(record, under + (f", threat {threat}" if threat else "")),
+        *([] if record.tier == "official" else [f"tier       {record.tier}, unofficial: {DEV}"]),
         f"made by    guardbench {made.guardbench}, torch {made.versions.get('torch', '?')}, "
         f"commit {(made.commit or 'none')[:12]}",
         *([f"engine     {engine}"] if made.engines else []),
@@ -72,6 +74,9 @@ def _head(record: AnyRecord, threat: str | None) -> list[str]:
         f"on         {made.device}, {made.threads} threads"
         + (f"; precision: {precision}" if precision else ""),
     ]
+
+
+DEV = "on no board, and not to be published"
 
 
 def _checks(record: AnyRecord) -> list[str]:
@@ -103,6 +108,7 @@ def _subject(record: AnyRecord, under: str) -> list[str]:
         under,
         f"recipe     {parts}, {'official' if method.official else 'own'} settings "
         f"({method.recipe_sha256[:12]})",
+        *([f"set        {', '.join(record.overrides)}"] if record.overrides else []),
         f"student    is given {artifact.images} images, {_size(artifact.image_bytes)}, and "
         f"{artifact.label_kind} labels, {_size(artifact.label_bytes)}",
     ]
@@ -158,6 +164,12 @@ def _footnotes(record: AnyRecord) -> list[str]:
         lines.append(
             f"BEARD (arXiv:2411.09265), over {', '.join(found_by.attacks)}: RR {found_by.ratio:.1f}%, "
             f"AE {found_by.efficiency:.1f}% of their own times, CREI {found_by.crei:.1f}%."
+        )
+    if record.tier == "dev":
+        lines.append(
+            f"Images: {record.test.total} of the protocol's, an equal share a class, the first of each in "
+            f"the protocol's order. Searched in {record.provenance.precision.get('search', 'fp32')}, "
+            "judged in float32."
         )
     if len(record.seeds) > 1:
         lines.append(
@@ -236,6 +248,39 @@ def print_comparison(console: Console, found: Comparison) -> None:
     )
     if len(_seeds(found)) > _SEED_COLUMNS:
         line(f"The tests of each of the {len(_seeds(found))} seeds are in --json.", "dim")
+
+
+def print_paper(console: Console, cells: Sequence[Cell], doubts: Sequence[str]) -> None:
+    """Prints published accuracies beside reproduced ones, a row a cell, and what a paper leaves open."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
+    for title in ("method", "dataset", "IPC", "measured"):
+        table.add_column(title, overflow="fold")
+    for title in ("paper %", "here %", "95% interval", "gap"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("protocol here", overflow="fold")
+    for cell in cells:
+        found, record = cell.found, cell.record
+        own = ", own settings" if not record.method.official else ""
+        table.add_row(
+            cell.method,
+            cell.dataset,
+            str(cell.ipc),
+            cell.column,
+            f"{cell.published:.2f}",
+            f"{100 * float(found.share):.1f}",
+            f"{found.low:.1f} - {found.high:.1f}",
+            f"{cell.gap:+.1f}",
+            f"{record.protocol}, {found.images} images{own}",
+        )
+    console.print(table)
+    console.print(
+        "The papers measure at 224 px (CIFAR-10: 32 px) on the whole validation set; a gap says "
+        "nothing of a method where the protocol here is another.",
+        style="dim",
+        highlight=False,
+    )
+    for text in doubts:
+        console.print(f"contradicts itself: {text}", style="yellow", markup=False, highlight=False)
 
 
 def _side(side: Side) -> str:

@@ -54,7 +54,7 @@ def make_accelerator(device: str, precision: str, resolution: int) -> Accelerato
     if kind == "cuda" and ":" in device:
         torch.cuda.set_device(torch.device(device))
     if precision == "auto":
-        precision = "bf16" if _bf16_gains(kind, resolution) else "fp32"
+        precision = "bf16" if bf16_gains(kind, resolution) else "fp32"
     if kind == "cpu" and resolution < SMALL_RESOLUTION:
         torch.set_num_threads(1)  # on tiny kernels a second thread waits more than it works
     mixed = "no" if precision == "fp32" else precision
@@ -84,15 +84,28 @@ def _check_device(device: str) -> str:
     return kind
 
 
-def _bf16_gains(kind: str, resolution: int) -> bool:
+def bf16_gains(kind: str, resolution: int) -> bool:
+    """Whether this machine's device of that kind (`cpu`, `cuda`, `mps`) is faster in bf16 than in float32.
+
+    Args:
+        resolution: side of the images in pixels.
+    """
+    native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if kind == "cpu" and flags.is_file() else ""
+    return _gains(kind, resolution, native=native, flags=text)
+
+
+def _gains(kind: str, resolution: int, *, native: bool, flags: str) -> bool:
+    """`bf16_gains` of a GPU that has bf16 units or not, or of a processor with these flags.
+
+    Emulated bf16 is slower than float32, so what counts is whether the instructions are there.
+    """
     if kind == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return native
     if kind != "cpu" or resolution < SMALL_RESOLUTION:
         return False
-    # Emulated bf16 is slower than float32, so ask whether the processor has the instructions.
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.is_file() else ""
-    return "avx512_bf16" in text or "amx_bf16" in text
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def effective_precision(accelerator: Accelerator) -> str:
@@ -142,6 +155,7 @@ class StageFolder:
     _begun: float = field(default=0.0, init=False)
     _spent: float = field(default=0.0, init=False)
     _saved: float = field(default=0.0, init=False)
+    _took: float = field(default=0.0, init=False)
     _meter: MemoryMeter | None = field(default=None, init=False)
 
     @property
@@ -198,15 +212,17 @@ class StageFolder:
         return self._spent + time.monotonic() - self._begun
 
     def due(self) -> bool:
-        """Whether the last checkpoint is old enough to be worth another."""
-        return time.monotonic() - self._saved > CHECKPOINT_EVERY_S
+        """Whether the last checkpoint is old enough to be worth another, at most a twentieth of the time."""
+        return time.monotonic() - self._saved > CHECKPOINT_EVERY_S * max(1.0, self._took)
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
         """Writes tensors and plain values from which `begin` can go on."""
+        begun = time.monotonic()
         buffer = io.BytesIO()
         torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
         write_bytes(self.checkpoint_path, buffer.getvalue())
         self._saved = time.monotonic()
+        self._took = self._saved - begun
 
     def finish(
         self, device: torch.device, files: tuple[str, ...] = (), **facts: Any

@@ -1,23 +1,23 @@
 """One classifier x attacks: what it gets right, clean and under each attack of a protocol.
 
 Attacks see a float32 model in eval mode; each outcome is counted by `run_verified`'s harness, image
-by image. Attacks search a faster copy of the model; the verdicts are the model's own.
+by image. Attacks search a faster copy of the model, which in the dev tier is in bf16 where the device
+gains by it; the verdicts are the model's own.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.base import (
-    LOGIT_NOISE,
     Attack,
     Images,
     plan_batches,
@@ -25,18 +25,17 @@ from guardbench.attacks.base import (
     score_clean,
 )
 from guardbench.attacks.build import build_attack
-from guardbench.attacks.stream import Tell, rows_at_once, telling
+from guardbench.attacks.searched import SLACK, Precision, search_model
+from guardbench.attacks.stream import Journal, Tell, journaling, rows_at_once, telling
 from guardbench.canonical import derive_seed
 from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, UNSTEADY, inspect, judge
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
-from guardbench.models import folded
 from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
-from guardbench.runtime import Run, stage_cost
-
-logger = logging.getLogger(__name__)
+from guardbench.runtime import Run, bf16_gains, stage_cost
+from guardbench.tier import measured
 
 ENGINE_VERSION = 2
 """Part of the key of what attacks find: raised when their verdicts may change."""
@@ -54,12 +53,16 @@ class ScoringPlan:
         seed: of the attacks' random choices.
         position: which slice of the test images it gets, where attacks get one each.
         engine: whose AutoAttack and Square run.
+        sample: images of the dev tier, None for the official one.
+        search: the precision that attacks search in, `fp32` or `bf16`, where the classifier allows it.
         checks: the stage that looks for signs of misleading robustness.
     """
 
     seed: int
     position: int
     engine: Engine
+    sample: int | None
+    search: Precision
     clean: PlannedStage
     checks: PlannedStage
     attacks: tuple[PlannedStage, ...]
@@ -79,14 +82,21 @@ def plan_scoring(
     subject: str,
     test_digest: str | None,
     engine: Engine,
+    sample: int | None = None,
 ) -> ScoringPlan:
     """Plans the attacks on one classifier; needs no images.
 
     Args:
         subject: digest of what makes the classifier, so that its stages hang on it.
         test_digest: of the decoded validation images; None while they have not been decoded.
+        sample: images of the dev tier (`tier.sample_size`), None for the official one.
     """
-    on = {"student": subject, "test": test_digest, "list": protocol.test.sha256,
+    protocol = measured(protocol, sample)
+    # Nothing of the dev tier, whose images are others, is taken for official or the other way round.
+    tier = {} if sample is None else {"tier": "dev", "sample": sample}
+    half = sample is not None and bf16_gains(run.device.type, protocol.resolution)
+    search: Precision = "bf16" if half else "fp32"
+    on = {**tier, "student": subject, "test": test_digest, "list": protocol.test.sha256,
           "protocol": protocol.id}  # fmt: skip
     words: dict[str, Any] = {"stage": "clean", **on, "images": protocol.test.count}
     clean = PlannedStage(
@@ -116,6 +126,8 @@ def plan_scoring(
             "images": count,
             "seed": seed,
         }
+        if sample is not None:
+            words["search"] = search
         theirs = _run_by(attack) == "reference"
         version = importlib.metadata.version("pyautoattack") if theirs else ENGINE_VERSION
         words["engine"] = f"{'pyautoattack' if theirs else 'guardbench'} {version}"
@@ -124,7 +136,7 @@ def plan_scoring(
             words["after"] = before.model_dump(mode="json")
         folder = run.stage(f"{spec.name} {seed}", "attacks", words)
         attacks.append(PlannedStage(folder, f"{count} images", count * _passes(attack), fp32=True))
-    return ScoringPlan(seed, position, engine, clean, checks, tuple(attacks))
+    return ScoringPlan(seed, position, engine, sample, search, clean, checks, tuple(attacks))
 
 
 def _built(protocol: Protocol, spec: AttackSpec, engine: Engine, **more: object) -> Attack:
@@ -175,10 +187,12 @@ def _passes(attack: Attack) -> float:
 
 
 class Costs:
-    """Collects what stages cost, and whether an earlier run had finished them."""
+    """Collects what stages cost, whether an earlier run had finished them, and in which precisions
+    attacks of the dev tier searched."""
 
     def __init__(self) -> None:
         self.found: list[StageCost] = []
+        self.searched: set[str] = set()
 
     @contextmanager
     def of(self, stage: PlannedStage) -> Iterator[None]:
@@ -188,6 +202,8 @@ class Costs:
         stored = stage.folder.finished()
         assert stored is not None, stage.folder.name
         self.found.append(stage_cost(stored, shared=shared))
+        if "searched" in stored:
+            self.searched.add(stored["searched"])
 
 
 def score(
@@ -203,47 +219,28 @@ def score(
 
     Args:
         model: in eval mode, on the run's device, float32.
-        x, y: the protocol's test images [N, C, H, W] in [0, 1] and their labels [N].
+        x, y: the test images that the tier measures [N, C, H, W] in [0, 1] and their labels [N].
     """
+    protocol = measured(protocol, plan.sample)
     with costs.of(plan.clean):
         clean = _score(run, model, x, y, plan.clean)
     with costs.of(plan.checks):
         checks = _inspect(run, protocol, plan, model, x, y, clean)
     steady = not any(checks[name].flagged for name in UNSTEADY if name in checks)
     left = any(stage.folder.finished() is None for stage in plan.attacks)
-    fast = searchable(model, x[:8].to(run.device)) if left else model
+    fast = search_model(model, x[:8].to(run.device), plan.search) if left else (model, plan.search)
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
         with costs.of(stage):
             before = _taken_over(protocol, spec, plan.engine)
             outcomes[spec.name] = _attack(
-                run, protocol, spec, plan, stage, model, fast, x, y,
+                run, protocol, spec, plan, stage, model, *fast, x, y,
                 clean if before is None else outcomes[before.name],
                 without_square=before is not None,
                 steady=steady,
             )  # fmt: skip
     scored = SeedRun(seed=plan.seed, clean=clean, attacks=outcomes)
     return scored.model_copy(update={"checks": {**checks, **judge(scored, protocol)}})
-
-
-def searchable(model: nn.Module, images: Tensor) -> nn.Module:
-    """A faster form of `model` for attacks to search, or `model` itself where there is none.
-
-    Args:
-        model: anybody's, in eval mode.
-        images: a few real ones [n, C, H, W], on which the two are compared.
-    """
-    with torch.no_grad():
-        wanted = model(images)
-        try:
-            found = (fast := folded(model, images))(images)
-        # Broad on purpose: folding knows our networks, and whatever it meets in others, they stay whole.
-        except Exception as error:  # noqa: BLE001
-            logger.info("not folded: %s", error)
-            return model
-    noise = LOGIT_NOISE * wanted.abs().max()
-    same = found.shape == wanted.shape and bool(((wanted - found).abs() <= noise).all())
-    return fast if same else model
 
 
 def _taken_over(protocol: Protocol, spec: AttackSpec, engine: Engine) -> AttackSpec | None:
@@ -342,6 +339,7 @@ def _attack(
     stage: PlannedStage,
     model: nn.Module,
     fast: nn.Module,
+    precision: Precision,
     x: Images,
     y: Tensor,
     before: Outcome,
@@ -360,25 +358,34 @@ def _attack(
     robust, distance = right.clone(), torch.zeros(count, dtype=torch.float64)
     batches = plan_batches(right, images_at_a_time(attack, spec.kind, x[:1].to(run.device)))
     untouched = _run_by(attack) == "reference"
+    slack = SLACK if precision == "bf16" else 0.0
     state = folder.begin(run.device)
-    begun = 0
+    begun, streams = 0, []
     if state is not None:
         begun, robust, distance = int(state["batches"]), state["robust"], state["distance"]
+        streams = state.get("streams", [])  # none in a checkpoint older than they are
+
+    def keep(finished: int, streams: list[dict[str, Any]]) -> None:
+        state = {"batches": finished, "robust": robust, "distance": distance, "streams": streams}
+        folder.checkpoint(state)
+
     named = derive_seed(plan.seed, "attack", spec.name)
     decided = int((~right).sum()) + sum(len(b) for b in batches[:begun])
     with run.progress.stage(folder.name, count, "images", decided) as bar:
         for number, index in enumerate(batches[begun:], start=begun + 1):
             rest = sum(len(b) for b in batches[number:])
             sure = int(robust.sum()) - rest - len(index)
-            with telling(_shown(bar, len(index), sure)):
+            journal = Journal(folder.due, partial(keep, number - 1), streams)
+            with telling(_shown(bar, len(index), sure)), journaling(journal):
                 outcome = run_batch(
                     attack, model, x, y, index + first, seed=named,
-                    searched=None if untouched else fast, steady=steady,
+                    searched=None if untouched else fast, slack=slack, steady=steady,
                 )  # fmt: skip
             robust[index], distance[index] = ~outcome.broken, outcome.distance
             bar.advance(len(index), f"{int(robust.sum()) - rest} robust so far")
+            streams = []
             if folder.due() and rest:
-                folder.checkpoint({"batches": number, "robust": robust, "distance": distance})
+                keep(number, streams)
         bar.advance(0, f"{100 * robust.float().mean():.1f}% robust")
     result = Outcome.from_flags(
         robust.tolist(),
@@ -386,5 +393,8 @@ def _attack(
         bounded=attack.threat is not None,
         max_distance=max(float(distance.max()), before.max_distance if without_square else 0.0),
     )
-    folder.finish(run.device, outcome=result.model_dump(mode="json"))
+    facts: dict[str, Any] = {"outcome": result.model_dump(mode="json")}
+    if plan.sample is not None:
+        facts["searched"] = "fp32" if untouched else precision
+    folder.finish(run.device, **facts)
     return result

@@ -7,7 +7,6 @@ students of the protocol. Hard and soft labels are mixed as CutMix mixes the pix
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -43,10 +42,12 @@ def plan_relabel(run: Run, artifact: str, student: Student, images: int) -> Plan
 
 def plan_student(run: Run, artifact: str, student: Student, images: int, seed: int) -> PlannedStage:
     """The stage that trains the student of one seed."""
+    shaping = student.words()
+    del shaping["seeds"]
     words = {
         "stage": "student",
         "artifact": artifact,
-        "student": student.model_dump(mode="json", exclude={"seeds"}),
+        "student": shaping,
         "student_seed": seed,
         "seed": run.seed,
         "precision": run.precision,
@@ -134,7 +135,7 @@ def _train(
     model: Classifier,
     logits: Tensor | None,
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), student.lr, weight_decay=student.weight_decay)
+    optimizer = _optimizer(model, student)
     images = distilled.images.to(run.device)
     loss_of = _loss(distilled, student, run.device)
     state = folder.begin(run.device)
@@ -145,8 +146,7 @@ def _train(
         optimizer.load_state_dict(state["optimizer"])
     with run.progress.stage(f"student {seed}", student.epochs, "epochs", first) as bar:
         for epoch in range(first, student.epochs):
-            share = 0.5 * (1 + math.cos(math.pi * epoch / student.epochs))
-            optimizer.param_groups[0]["lr"] = student.lr * share
+            optimizer.param_groups[0]["lr"] = student.lr_at(epoch)
             model.train()
             value, begun = 0.0, 0
             views = _views(run, student, distilled, epoch, None if logits is not None else seed)
@@ -172,6 +172,15 @@ def _train(
                         "optimizer": optimizer.state_dict(),
                     }
                 )
+
+
+def _optimizer(model: Classifier, student: Student) -> torch.optim.Optimizer:
+    decay = student.weight_decay
+    if student.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), student.lr, weight_decay=decay)
+    return torch.optim.SGD(
+        model.parameters(), student.lr, momentum=student.momentum, weight_decay=decay
+    )
 
 
 def _views(

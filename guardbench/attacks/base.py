@@ -162,6 +162,7 @@ def run_batch(
     *,
     seed: int,
     searched: nn.Module | None = None,
+    slack: float = 0.0,
     steady: bool = True,
     rescore_batch_size: int | None = None,
 ) -> BatchOutcome:
@@ -180,6 +181,8 @@ def run_batch(
         searched: what the attack sees instead of `model`: the same function in a faster form, such
             as `models.folded`. The verdicts are always those of `model`, which is searched itself where
             an image is adversarial for the faster form alone.
+        slack: by how much two answers of `searched` to one image may differ, as a share of its largest
+            logit: an image so near to being adversarial for it may have ended its search.
         steady: two scorings of one image must agree; False, for a model that is known to answer at
             random or by the batch, counts an image as broken when one of them is wrong.
         rescore_batch_size: of the second scoring; default half of the first one's, which is the batch
@@ -207,7 +210,9 @@ def run_batch(
     with frozen(model), frozen(seen):
         adv, distance, broken = attacked(seen, torch.arange(len(images), device=images.device))
         if searched is not None:
-            claimed = _logits(searched, adv, labels, rows_at_once(adv)).argmax(1) != labels
+            logits = _logits(searched, adv, labels, rows_at_once(adv))
+            near = margin_of(logits, labels) < slack * logits.abs().amax(1)
+            claimed = (logits.argmax(1) != labels) | near
             # Its search ended at an image that rounding alone makes adversarial, and only there.
             rows = (claimed & ~broken).nonzero().squeeze(1)
             if len(rows):

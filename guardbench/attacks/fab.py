@@ -70,7 +70,6 @@ class _Search:
 
     def __init__(self, attack: FAB, targets: Tensor) -> None:
         self.attack, self.targets = attack, targets
-        self.crossed = 1.0
 
     @property
     def longest(self) -> int:
@@ -78,20 +77,21 @@ class _Search:
 
     def begin(self, x: Tensor, y: Tensor, image: Tensor, job: Tensor) -> Rows:
         step = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return {"x": x, "y": y, "target": self.targets[image, job], "adv": x, "step": step}
+        target, crossed = self.targets[image, job], x.new_ones(len(x))
+        return {"x": x, "y": y, "target": target, "adv": x, "step": step, "crossed": crossed}
 
     def advance(self, model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
         x, y, adv = rows["x"], rows["y"], rows["adv"]
         # One forward pass serves the check and the gradient of rows that have not crossed. Where
-        # most have, it is cheaper to check without a graph.
-        shared = self.crossed < SHARING_PAYS
+        # most have, it is cheaper to check without a graph. New rows hold 1, all others the same.
+        shared = float(rows["crossed"].amin()) < SHARING_PAYS
         gap, gradient, wrong = _linearise(model, rows) if shared else (None, None, None)
         if wrong is None:
             with torch.no_grad():
                 wrong = model(adv).argmax(1) != y
         # Not the clean image: if float noise alone makes it wrong here, it may be right elsewhere.
         wrong = wrong & (rows["step"] > 0)
-        self.crossed = float(wrong.float().mean())
+        rows["crossed"] = wrong.float().mean().expand(len(x))
         hit = wrong & (length(adv - x, "linf") <= float(self.attack.threat.eps))
         over = rows["step"] == self.attack.steps
         back = wrong & ~hit & ~over

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.base import frozen
+from guardbench.attacks.stream import Fitting
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 
@@ -170,22 +171,28 @@ def _run(
     settings: dict[str, object],
     adjust: Callable[[Any], None],
 ) -> Tensor:
-    """pyautoattack's own evaluation of these images, in one batch, leaving nothing else moved."""
-    with frozen(model), _isolated(x.device):
-        from pyautoattack import AutoAttack as Engine
+    """pyautoattack's own evaluation of these images, in one batch, leaving nothing else moved.
 
+    Where memory runs out it begins again with half of the images, and then the other half.
+    """
+    from pyautoattack import AutoAttack as Engine
+
+    def evaluate(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         engine = Engine(
             model,
             eps=float(threat.eps),
             norm=NORMS[threat.norm],
             seed=seed,
-            device=x.device,
+            device=images.device,
             **settings,
         )
         engine.verbose = False
         adjust(engine)
-        adv, _ = engine.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
-    found: Tensor = adv.detach()
+        adv, _ = engine.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))
+        return (adv.detach(),)
+
+    with frozen(model), _isolated(x.device):
+        (found,) = Fitting()(evaluate, x, y)
     return found
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
@@ -53,6 +53,66 @@ def within(first: float, last: float) -> Iterator[None]:
         return
     with telling(lambda share, alive: outer(first + (last - first) * share, alive)):
         yield
+
+
+class Journal:
+    """Where the streams of an attack stand, so that a killed attack goes on in their midst.
+
+    An attack may begin one stream after another. It is deterministic, so on its next run it begins the
+    same ones: those that had finished give what they gave, the one that ran goes on.
+    """
+
+    def __init__(
+        self,
+        due: Callable[[], bool],
+        write: Callable[[list[dict[str, Any]]], None],
+        states: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """See `journaling`.
+
+        Args:
+            due: whether it is time to write.
+            write: gets the states of all streams begun, tensors and plain values.
+            states: what an earlier run wrote last.
+        """
+        self.due, self._write, self._before = due, write, [*states]
+        self._states: list[dict[str, Any]] = []
+
+    def begin(self, of: Tensor) -> dict[str, Any]:
+        """Where an earlier run left the stream that begins now; empty where there was none.
+
+        Args:
+            of: what tells the streams of other images apart, [n].
+        """
+        place = len(self._states)
+        state = self._before[place] if place < len(self._before) else None
+        if state is None or not torch.equal(state["of"], of):
+            # Of another device, perhaps, where other images survived the stream before.
+            self._before = self._before[:place]
+            state = None
+        self._states.append(state or {"of": of})
+        return {} if state is None else state
+
+    def note(self, state: dict[str, Any]) -> None:
+        """Replaces the state of the stream begun last."""
+        self._states[-1] = {"of": self._states[-1]["of"], **state}
+
+    def write(self) -> None:
+        """Hands all states on."""
+        self._write(self._states)
+
+
+_JOURNAL: ContextVar[Journal | None] = ContextVar("journal", default=None)
+
+
+@contextmanager
+def journaling(journal: Journal) -> Iterator[None]:
+    """Inside, streams keep a journal and go on from it."""
+    token = _JOURNAL.set(journal)
+    try:
+        yield
+    finally:
+        _JOURNAL.reset(token)
 
 
 class Teller:
@@ -180,7 +240,16 @@ def stream(
     found, broken = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
     rows: Rows = {}
     ahead = 0
-    teller, fitting = Teller(), Fitting()
+    teller, fitting, journal = Teller(), Fitting(), _JOURNAL.get()
+    if journal is not None and (state := journal.begin(_told_apart(search, jobs, x, y))):
+        ahead, broken = int(state["ahead"]), state["broken"].to(x.device, copy=True)
+        found[broken] = state["found"].to(x.device)
+        rows = {name: value.to(x.device) for name, value in state["rows"].items()}
+
+    def note() -> None:
+        if journal is not None:
+            journal.note({"ahead": ahead, "broken": broken, "found": found[broken], "rows": rows})
+
     while True:
         active = len(rows["image"]) if rows else 0
         # A refill copies the batch, so it waits until an eighth is free.
@@ -192,6 +261,7 @@ def stream(
                 new |= {"image": image, "age": torch.zeros_like(image)}
                 rows = {k: torch.cat([rows[k], v]) for k, v in new.items()} if active else new
         if not rows or not len(rows["image"]):
+            note()
             return found
         names = [*rows]
         hit, over, *moved = fitting(partial(_advanced, search, model, names), *rows.values())
@@ -205,12 +275,21 @@ def stream(
         gone = over | broken[rows["image"]]
         if gone.any():
             rows = {k: v[~gone] for k, v in rows.items()}
+        if journal is not None and journal.due():
+            note()
+            journal.write()
         if teller.due():
             queue = torch.arange(ahead, jobs * count, device=x.device) % count
             waiting = int((~broken[queue]).sum()) * search.longest
             running = int((search.longest - rows["age"]).sum())
             share = 1 - (waiting + running) / (jobs * count * search.longest)
             teller.tell(share, int((~broken).sum()))
+
+
+def _told_apart(search: Search, jobs: int, x: Tensor, y: Tensor) -> Tensor:
+    """Numbers by which a stream is known again: its length and its images, on the CPU."""
+    length = torch.tensor([float(search.longest), float(jobs)])
+    return torch.cat([length, x.flatten(1).sum(1).cpu(), y.cpu().float()])
 
 
 def _advanced(

@@ -13,7 +13,9 @@ from guardbench.cli import leaderboard, robustbench
 from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
 from guardbench.cli.curve import curve
+from guardbench.cli.diagnose import diagnose
 from guardbench.cli.evaluate import evaluate
+from guardbench.cli.methods import methods
 from guardbench.cli.run import run
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.command()(run)
 app.command()(evaluate)
 app.command()(curve)
+app.command()(methods)
+app.command()(diagnose)
 app.command()(attacks)
 app.command()(show)
 app.command()(compare)

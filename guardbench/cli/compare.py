@@ -11,10 +11,19 @@ from guardbench.errors import GuardbenchError
 
 
 def compare(
-    a: Annotated[
-        Path, typer.Argument(metavar="A", help="A record file, as `run` names it at its end.")
-    ],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same protocol.")],
+    records: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="A B",
+            help="Two record files of one protocol, as `run` names them at its end. With --paper: "
+            "any number; those that came with guardbench where none is named.",
+            show_default=False,
+        ),
+    ] = None,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="Put each record beside what papers report for its method."),
+    ] = False,
     json: Annotated[
         Path | None,
         typer.Option(
@@ -29,7 +38,17 @@ def compare(
     """Pair two records image by image, and say which is higher and whether that stands.
 
     Example: guardbench compare guard-seed0.json sre2l-seed0.json --json comparison.json
+
+    Example: guardbench compare --paper
     """
+    if paper:
+        if json is not None:
+            raise GuardbenchError("--json goes with two records, not with --paper; drop one.")
+        _beside_papers(records)
+        return
+    if records is None or len(records) != 2:
+        raise GuardbenchError("compare takes two records, A and B (or --paper); see --help.")
+    a, b = records
     from rich.console import Console
 
     from guardbench import canonical
@@ -44,3 +63,21 @@ def compare(
     if json is not None:
         write_text(json, canonical.dumps(found.model_dump(mode="json")), option="--json")
     print_comparison(Console(emoji=False), found)
+
+
+def _beside_papers(paths: list[Path] | None) -> None:
+    from rich.console import Console
+
+    from guardbench.methods import load_method, method_names, methods_folder
+    from guardbench.published import contradictions, reproduced
+    from guardbench.record_files import load_record
+    from guardbench.report import print_paper
+
+    methods = [load_method(name) for name in method_names()]
+    chosen = paths or sorted(methods_folder().glob("*/results/*/*.json"))
+    cells = reproduced(methods, [load_record(path) for path in chosen])
+    if paths and not cells:
+        raise GuardbenchError(
+            "no paper that guardbench knows reports the method, dataset and IPC of these records."
+        )
+    print_paper(Console(emoji=False), cells, contradictions(methods))

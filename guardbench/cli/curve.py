@@ -43,14 +43,18 @@ def curve(
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
     output: Annotated[
-        Path, typer.Option(help="The curve as JSON; its plot goes beside it as PNG.")
+        Path,
+        typer.Option(
+            help="The curve as JSON; its plot goes beside it as PNG, and what is finished of it into "
+            "guardbench-runs/."
+        ),
     ] = Path("curve.json"),
 ) -> None:
     """Attack a classifier at rising radii and draw its security curve.
 
     PGD goes on from one radius to the next with the images that are left. The curve shows how accuracy
     falls, and whether it falls to nothing, as it must; the number for a comparison is AutoAttack's, by
-    `guardbench evaluate`.
+    `guardbench evaluate`. A killed curve goes on when the same command is given again.
 
     Example: guardbench curve --protocol digits --weights guard.safetensors --arch convnet-d3-bn-small
     """
@@ -58,7 +62,6 @@ def curve(
     from rich.table import Table
 
     import guardbench
-    from guardbench.attacks.stream import telling
     from guardbench.classifiers import Source, open_classifier
     from guardbench.curve import (
         STEPS,
@@ -69,15 +72,15 @@ def curve(
         require_alike,
         rising_radii,
         save_curve,
-        security_curve,
+        stored_curve,
     )
     from guardbench.data.dataset import load_split
     from guardbench.metrics import wilson
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
-    from guardbench.runtime import device_name, make_accelerator
-    from guardbench.scoring import attack_batch, searchable
-    from guardbench.store import check_writable
+    from guardbench.protocol import list_digest
+    from guardbench.runtime import Run, make_accelerator
+    from guardbench.store import check_writable, explained
 
     source = Source(
         weights=weights, arch=arch, python=python, normalisation=normalisation, name=name
@@ -90,10 +93,13 @@ def curve(
         raise GuardbenchError(f"--output {output}: must end in .json; the plot ends in .png.")
     earlier = [(path, load_curve(path)) for path in beside or []]
     check_writable(output.parent)
-    where = make_accelerator(device, "fp32", chosen.resolution).device
-    imported = open_classifier(source, chosen, where, cache_dir)
     console = Console(emoji=False)
     progress = Progress(console)
+    run = Run(
+        accelerator=make_accelerator(device, "fp32", chosen.resolution),
+        workspace=output.parent / "guardbench-runs", seed=0, progress=progress,
+    )  # fmt: skip
+    imported = open_classifier(source, chosen, run.device, cache_dir)
     test = load_split(
         chosen.dataset, "val", resolution=chosen.resolution, data_dir=data_dir,
         cache_dir=cache_dir, progress=progress, per_class=1,
@@ -102,22 +108,19 @@ def curve(
     x, y = test.select(order), test.labels[order]
     alike = {"protocol_sha256": chosen.digest, "norm": threat.norm, "steps": STEPS, "total": len(x)}
     require_alike(earlier, alike)
-    size = attack_batch(x.shape[-1])
-    with progress.stage("curve", len(x), "images") as bar:
-
-        def tell(share: float, alive: int) -> None:
-            bar.within(share * min(size, len(x) - bar.done), f"{alive} of a batch not yet broken")
-
-        with telling(tell):
-            found = security_curve(
-                imported.model, x, y, threat.norm, wanted,
-                searched=searchable(imported.model, x[:8].to(where)),
-                batch_size=size, told=bar.advance,
+    try:
+        with explained(run.workspace):
+            found, on = stored_curve(
+                run, imported, x, y, threat.norm, wanted,
+                test_digest=test.digest, images_digest=list_digest(test.ids[i] for i in order),
             )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to go on from here", err=True)
+        raise typer.Exit(130) from None
     made = Curve(
         classifier=imported.described.name, weights_sha256=imported.described.weights_sha256,
         protocol=chosen.id, **alike, points=points_of(found, wanted), guardbench=guardbench.__version__,
-        device=device_name(where),
+        device=on,
     )  # fmt: skip
     table = Table("eps", "accuracy %", "95% interval")
     for point in made.points:

@@ -12,10 +12,13 @@ from guardbench.cli.options import (
     CacheDir,
     DataDir,
     Device,
+    DevImages,
     EngineName,
     EngineOption,
     Normalisation,
     Python,
+    TierName,
+    TierOption,
     Weights,
 )
 
@@ -38,6 +41,8 @@ def evaluate(
         int, typer.Option(help="Of the attacks' random choices.", min=0, max=2**63 - 1)
     ] = 0,
     engine: EngineOption = EngineName.guardbench,
+    tier: TierOption = TierName.official,
+    images: DevImages = None,
     device: Device = "auto",
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
@@ -66,6 +71,8 @@ def evaluate(
         ),
         seed=seed,
         engine=engine.value,
+        tier=tier.value,
+        images=images,
         device=device,
         data_dir=data_dir,
         cache_dir=cache_dir,
@@ -77,6 +84,7 @@ def evaluate(
     from guardbench.leaderboard import threat_text
     from guardbench.report import print_record
     from guardbench.runtime import device_name
+    from guardbench.tier import dev_text
 
     described = prepared.imported.described
     lines = {
@@ -88,6 +96,8 @@ def evaluate(
         "engine": request.engine,
         "device": device_name(prepared.run.device),
     }
+    if prepared.sample is not None:
+        lines["tier"] = dev_text(prepared.sample, prepared.protocol.test.count)
     for title, text in lines.items():
         console.print(f"  {title:<14} {escape(text)}", highlight=False, soft_wrap=True)
     console.print()

@@ -20,6 +20,31 @@ EngineOption = Annotated[
     EngineName,
     typer.Option(help="Whose AutoAttack and Square run; reference is pyautoattack, untouched."),
 ]
+
+
+class TierName(str, Enum):
+    """The two tiers, for the option's choices."""
+
+    official = "official"
+    dev = "dev"
+
+
+TierOption = Annotated[
+    TierName,
+    typer.Option(
+        help="dev is for work in progress: fewer images, an equal share a class, searched in bf16 where "
+        "the device gains by it and verified in float32. Its record stands on no board."
+    ),
+]
+DevImages = Annotated[
+    int | None,
+    typer.Option(
+        "--images",
+        help="Of --tier dev: how many test images, a multiple of the classes; by default at most 200.",
+        min=1,
+        show_default=False,
+    ),
+]
 Weights = Annotated[
     Path | None,
     typer.Option(

@@ -174,6 +174,8 @@ def export(
             f"{record}: the record of a distilled dataset; RobustBench lists classifiers, so give one "
             "of `guardbench evaluate`."
         )
+    if found.tier != "official":
+        raise GuardbenchError(f"{record}: of the {found.tier} tier; evaluate it without --tier.")
     protocol = load_protocol(measured_by or found.protocol)
     column = next((spec.name for spec in protocol.attacks if spec.is_standard), None)
     if (

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guardbench.cli.options import CacheDir, DataDir, Device, EngineName, EngineOption
+from guardbench.cli.options import (
+    CacheDir,
+    DataDir,
+    Device,
+    DevImages,
+    EngineName,
+    EngineOption,
+    TierName,
+    TierOption,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +52,18 @@ def run(
         typer.Option(help="Of distillation and training: auto, fp32 or bf16. Attacks are fp32."),
     ] = "auto",
     engine: EngineOption = EngineName.guardbench,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="STAGE.FIELD=VALUE",
+            help="Override a value of the recipe, such as squeeze.epochs=5 or regulariser.weight=0.1; "
+            "may be repeated. The record says so and counts as unofficial.",
+            show_default=False,
+        ),
+    ] = None,
+    tier: TierOption = TierName.official,
+    images: DevImages = None,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
     output: Annotated[
@@ -83,6 +104,9 @@ def run(
             output=output,
             publish=publish,
             engine=engine.value,
+            overrides=tuple(set_ or ()),
+            tier=tier.value,
+            images=images,
         )
         plan = make_plan(settings, Progress(console))
         seconds = expected_seconds(plan)
@@ -121,25 +145,31 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     from guardbench.leaderboard import threat_text
     from guardbench.progress import clock
     from guardbench.runtime import device_name
+    from guardbench.tier import dev_text
 
     protocol, task = plan.protocol, plan.task
     run, settings = task.run, plan.settings
+    search = plan.evaluating.seeds[0].scoring.search
     train = f"{task.train_images} training, {protocol.test.count} test images"
     state = "decoded" if plan.decoded else "to be decoded"
     lines = {
         "method": f"{plan.method.title} ({task.recipe.regulariser['kind']} regulariser)",
+        **({"set": ", ".join(settings.overrides)} if settings.overrides else {}),
         "dataset": f"{protocol.dataset} at {protocol.resolution} px, {train}; {state}",
         "images from": plan.located.description,
         "protocol": f"{protocol.id} ({protocol.digest[:12]}): {protocol.title}",
-        "IPC": f"{settings.ipc}, {settings.ipc * len(task.classes)} images in all",
+        "IPC": f"{settings.ipc}, {plan.distiller.image_count(task)} images in all",
         "students": f"{len(protocol.student.seeds)} x {protocol.student.arch}, "
         f"{protocol.student.epochs} epochs",
         "threat": f"{threat_text(protocol)}; attacks: {', '.join(a.name for a in protocol.attacks)}",
         "engine": settings.engine,
         "device": device_name(run.device),
-        "precision": f"{run.precision} for distillation and training, fp32 for attacks",
+        "precision": f"{run.precision} for distillation and training, fp32 for attacks"
+        + (f", which search in {search}" if plan.evaluating.sample is not None else ""),
         "files": str(settings.output),
     }
+    if plan.evaluating.sample is not None:
+        lines["tier"] = dev_text(plan.evaluating.sample, protocol.test.count)
     console.print("[bold]Plan[/bold]")
     for name, text in lines.items():
         console.print(f"  {name:<12} {escape(text)}", highlight=False, soft_wrap=True)

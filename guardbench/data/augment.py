@@ -106,7 +106,7 @@ def apply_crops(images: Tensor, boxes: Tensor, flip: Tensor | None, size: int) -
     if flip is not None:
         columns = torch.where(flip.to(images.device)[:, None], columns.flip(1), columns)
     if images.is_cuda and images.requires_grad:
-        return _matmul_sample(images, rows, columns)
+        return sample_axes(images, rows, columns)
     # grid_sample counts from -1, the outer edge of the first pixel, to 1, that of the last.
     across = ((2 * columns + 1) / width - 1)[:, None, :].expand(-1, size, -1)
     down = ((2 * rows + 1) / height - 1)[:, :, None].expand(-1, -1, size)
@@ -127,20 +127,28 @@ def _centres(start: Tensor, extent: Tensor, size: int) -> Tensor:
     return start[:, None] + torch.minimum(inside.clamp(min=0), extent[:, None] - 1)
 
 
-def _matmul_sample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same bilinear sampling as two products of matrices.
+def sample_axes(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Bilinear sampling on a grid of rows and columns, as two products of matrices; zero outside.
 
     For gradients on a GPU, where grid_sample's backward adds atomically in an order that changes
-    from run to run, and a resumed recover would not end with the images of an unbroken one.
+    from run to run, and a resumed recover would not end with the images of an unbroken one; and
+    where a gradient is differentiated again, which grid_sample cannot do.
+
+    Args:
+        images: [N, C, H, W].
+        rows, columns: float [N or 1, size], where the result's pixels lie, in source pixels.
+
+    Returns:
+        [N, C, size, size], of the images' dtype.
     """
     with torch.autocast(images.device.type, enabled=False):
-        down = _hat(rows, images.shape[-2])
-        across = _hat(columns, images.shape[-1])
+        down = hat(rows, images.shape[-2])
+        across = hat(columns, images.shape[-1])
         sampled = down[:, None] @ images.float() @ across[:, None].transpose(-1, -2)
     return sampled.to(images.dtype)
 
 
-def _hat(centres: Tensor, extent: int) -> Tensor:
+def hat(centres: Tensor, extent: int) -> Tensor:
     """Bilinear weights [n, size, extent]: one minus the distance to a source pixel, above zero."""
     pixels = torch.arange(extent, device=centres.device, dtype=torch.float32)
     return (1 - (centres[:, :, None] - pixels).abs()).clamp(min=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -74,7 +74,13 @@ class PlannedStage:
 
 
 class Distiller(Protocol):
-    """Turns real training images into a distilled dataset."""
+    """Turns real training images into a distilled dataset.
+
+    Attributes:
+        params: what a recipe's `params` hold, one field a stage, each a table of its own.
+    """
+
+    params: ClassVar[type[Strict]]
 
     def plan(self, task: Task) -> list[PlannedStage]:
         """The stages in order; checks the recipe, and needs no images."""
@@ -82,6 +88,10 @@ class Distiller(Protocol):
 
     def label_kind(self, task: Task) -> LabelKind:
         """What will label the images: decides the track, and whether students are relabelled."""
+        ...
+
+    def image_count(self, task: Task) -> int:
+        """How many images the distilled set will have."""
         ...
 
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
@@ -105,3 +115,13 @@ def read_params(task: Task, family: type[P]) -> P:
             f"baselines/{task.method.name}/method.toml: recipe "
             f"{task.dataset}@{task.resolution}: params.{first_problem(error)}."
         ) from error
+
+
+def tables(family: type[Strict]) -> dict[str, type[Strict]]:
+    """The tables that a distiller's `params` consist of, optional ones too, by their names."""
+    found = {}
+    for name, field in family.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Strict):
+                found[name] = kind
+    return found

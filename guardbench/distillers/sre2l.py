@@ -76,6 +76,8 @@ class Params(Strict):
 class SRe2L:
     """The distiller; see the module."""
 
+    params = Params
+
     def plan(self, task: Task) -> list[PlannedStage]:
         """See `Distiller.plan`."""
         params = read_params(task, Params)
@@ -93,6 +95,10 @@ class SRe2L:
     def label_kind(self, task: Task) -> LabelKind:  # noqa: ARG002 - the interface gives it
         """See `Distiller.label_kind`: the squeezed teacher labels every view."""
         return "teacher"
+
+    def image_count(self, task: Task) -> int:
+        """See `Distiller.image_count`."""
+        return task.ipc * len(task.classes)
 
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""

@@ -1,14 +1,17 @@
 """Every method under baselines/ keeps the contract: a whole file, runnable recipes, a source each."""
 
+from typing import get_args
+
 import pytest
 from accelerate import Accelerator
 
 from guardbench.data.catalog import dataset_info
-from guardbench.distillers.base import Task
+from guardbench.distillers.base import Task, tables
 from guardbench.errors import GuardbenchError
-from guardbench.methods import load_method, method_names, methods_folder
+from guardbench.methods import load_method, method_names, methods_folder, overridden
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol, protocol_ids
+from guardbench.records import LabelKind
 from guardbench.registry import DISTILLERS, REGULARISERS, resolve
 from guardbench.regularisers.base import build_regulariser
 from guardbench.runtime import Run
@@ -16,12 +19,21 @@ from guardbench.runtime import Run
 
 def test_the_papers_pair_is_there() -> None:
     assert {"guard", "sre2l"} <= set(method_names())
+    for protocol in protocol_ids():  # and may be run wherever anything is measured
+        measured = load_protocol(protocol)
+        for name in ("guard", "sre2l"):
+            assert load_method(name).recipe(measured.dataset, measured.resolution)
 
 
 @pytest.mark.parametrize("name", method_names())
 @pytest.mark.parametrize("protocol", protocol_ids())
 def test_every_method_plans_under_every_protocol_at_every_ipc(tmp_path, name, protocol) -> None:
     method, measured = load_method(name), load_protocol(protocol)
+    if f"{measured.dataset}@{measured.resolution}" not in method.recipes:
+        with pytest.raises(GuardbenchError, match="has no recipe for") as caught:
+            method.recipe(measured.dataset, measured.resolution)
+        assert "\n" not in str(caught.value)
+        return
     recipe = method.recipe(measured.dataset, measured.resolution)
     assert recipe.source
     build_regulariser(recipe.regulariser, measured.threat.model)
@@ -41,8 +53,16 @@ def test_every_method_plans_under_every_protocol_at_every_ipc(tmp_path, name, pr
             ipc=ipc,
             threat=measured.threat.model,
         )
-        stages = resolve(DISTILLERS, "distiller", method.distiller)().plan(task)
-        assert stages
+        distiller = resolve(DISTILLERS, "distiller", method.distiller)()
+        assert tables(distiller.params), "a distiller tells what --set may name"
+        assert distiller.label_kind(task) in get_args(LabelKind)
+        assert distiller.image_count(task) > 0
+        stages, refusal = [], f"{ipc}"
+        try:
+            stages = distiller.plan(task)
+        except GuardbenchError as error:  # this IPC is beyond the method, and it says why
+            refusal = str(error)
+        assert stages or (f"{ipc}" in refusal and len(refusal) > 10 and "\n" not in refusal)
         assert all(stage.passes > 0 for stage in stages)
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
 
@@ -55,6 +75,103 @@ def test_guard_is_sre2l_with_the_regulariser_in_its_squeeze() -> None:
         assert recipe.regulariser["kind"] == "curvature"
         assert sre2l.recipes[key].regulariser == {"kind": "none"}
         assert recipe.params["recover"] == sre2l.recipes[key].params["recover"]
+
+
+PAPERS = {
+    "guard", "sre2l", "sre2l-adv", "sre2l-adv-released", "sre2l-trades", "sre2l-fbf",
+    "sre2l-gradnorm", "cda", "cda-guard", "random", "herding", "k-center", "full",
+    "dc", "dc-guard", "dsa", "dm",
+}  # fmt: skip
+
+
+def test_every_method_of_the_papers_has_digits() -> None:
+    assert set(method_names()) >= PAPERS
+    for name in method_names():
+        assert "digits@8" in load_method(name).recipes, name
+
+
+def test_like_takes_over_what_a_method_does_not_say() -> None:
+    trades, sre2l = load_method("sre2l-trades"), load_method("sre2l")
+    assert trades.distiller == sre2l.distiller
+    assert trades.recipes.keys() == sre2l.recipes.keys()
+    assert trades.recipes["cifar10@32"].params == sre2l.recipes["cifar10@32"].params
+    assert trades.recipes["cifar10@32"].regulariser["steps"] == 10
+    short = trades.recipes["imagenette@64"]
+    assert short.regulariser["steps"] == 3
+    assert short.params["squeeze"] == sre2l.recipes["imagenette@64"].params["squeeze"] | {
+        "epochs": 8
+    }
+    assert not [p for p in trades.published if p.cells], "sre2l's cells are not its own"
+
+
+@pytest.mark.parametrize(
+    ("like", "said"),
+    [("sre2l-trade", "'sre2l-trade' is no other method"), ("mine", "'mine' is no other method")],
+)
+def test_like_nobody_is_told(tmp_path, monkeypatch, like: str, said: str) -> None:
+    write_method(tmp_path, monkeypatch, f'like = "{like}"')
+    with pytest.raises(GuardbenchError, match=said):
+        load_method("mine")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('distiller = "sre2l"\nrecipes = 3', "recipes"),
+        ('distiller = "sre2l"\n[recipes]\nx = 3', "recipes.x"),
+        ('distiller = "sre2l"\n[recipes.x]\nsource = "s"\nparams = 3', "recipes.x.params"),
+        (
+            'distiller = "sre2l"\nregulariser = 3\n[recipes.x]\nsource = "s"\n[recipes.x.params]',
+            "regul",
+        ),
+    ],
+)
+def test_a_malformed_file_is_one_line(tmp_path, monkeypatch, more: str, said: str) -> None:
+    write_method(tmp_path, monkeypatch, more)
+    with pytest.raises(GuardbenchError, match=rf"method\.toml.*{said}") as caught:
+        load_method("mine")
+    assert "\n" not in str(caught.value)
+
+
+def write_method(tmp_path, monkeypatch, more: str) -> None:
+    (tmp_path / "mine").mkdir()
+    head = 'name = "mine"\ntitle = "Mine"\npaper = "none"\n'
+    (tmp_path / "mine" / "method.toml").write_text(head + more)
+    monkeypatch.setattr("guardbench.methods.methods_folder", lambda: tmp_path)
+
+
+def test_an_override_reaches_its_value_and_a_wrong_one_is_told() -> None:
+    recipe = load_method("guard").recipe("digits", 8)
+    known = {"squeeze": ["epochs", "arch", "warmup_epochs"], "regulariser": ["kind", "weight"]}
+    changed = overridden(
+        recipe,
+        ["squeeze.epochs=5", "squeeze.arch=resnet18", "regulariser.weight=0.1",
+         "squeeze.warmup_epochs = 0.5"],
+        known,
+    )  # fmt: skip
+    assert changed.params["squeeze"]["epochs"] == 5
+    assert changed.params["squeeze"]["arch"] == "resnet18"
+    assert changed.params["squeeze"]["warmup_epochs"] == 0.5
+    assert changed.regulariser["weight"] == 0.1
+    assert recipe.params["squeeze"]["epochs"] == 30
+    for text, said in (
+        ("squeeze.epoch=5", "Did you mean squeeze.epochs"),
+        ("squeeze.epochs", "write STAGE.FIELD=VALUE"),
+        ("epochs=5", "write STAGE.FIELD=VALUE"),
+        ("squeeze.epochs=", "write STAGE.FIELD=VALUE"),
+    ):
+        with pytest.raises(GuardbenchError, match=said):
+            overridden(recipe, [text], known)
+
+
+def test_dc_guard_is_dc_with_the_regulariser_in_its_real_gradient() -> None:
+    guard, dc = load_method("dc-guard"), load_method("dc")
+    assert guard.distiller == dc.distiller
+    assert guard.recipes.keys() == dc.recipes.keys()
+    for key, recipe in guard.recipes.items():
+        assert recipe.regulariser["kind"] == "curvature"
+        assert dc.recipes[key].regulariser == {"kind": "none"}
+        assert recipe.params == dc.recipes[key].params
 
 
 def test_registries_resolve_and_know_the_nearest_name() -> None:
@@ -72,10 +189,10 @@ def test_a_dataset_without_a_recipe_lists_those_there_are() -> None:
 
 @pytest.mark.parametrize("field", ["distiller", "paper", "source"])
 def test_a_missing_field_is_named(tmp_path, monkeypatch, field: str) -> None:
-    text = (methods_folder() / "guard" / "method.toml").read_text()
+    text = (methods_folder() / "sre2l" / "method.toml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith(f"{field} =")]
-    (tmp_path / "guard").mkdir()
-    (tmp_path / "guard" / "method.toml").write_text("\n".join(lines))
+    (tmp_path / "sre2l").mkdir()
+    (tmp_path / "sre2l" / "method.toml").write_text("\n".join(lines))
     monkeypatch.setattr("guardbench.methods.methods_folder", lambda: tmp_path)
     with pytest.raises(GuardbenchError, match=rf"method\.toml.*{field}"):
-        load_method("guard")
+        load_method("sre2l")

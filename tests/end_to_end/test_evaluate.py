@@ -135,6 +135,44 @@ def test_what_is_finished_is_not_attacked_again_until_the_model_changes(evaluate
     assert "pgd100 0:" not in evaluate(folder).stdout
 
 
+def test_the_dev_tier_measures_a_share_of_each_class_and_says_so(evaluated) -> None:
+    folder, _ = evaluated
+    result = evaluate(folder, "--tier", "dev", "--images", "50")
+    assert result.returncode == 0, result.stderr
+    assert "dev, unofficial: 50 of 90 test images, an equal share a class" in result.stdout
+    assert re.search(r"^tier +dev, unofficial", result.stdout, re.MULTILINE)
+    assert re.search(r"^square +50 x 1", result.stdout, re.MULTILINE)
+    # Nothing official is taken over, and a network of one layer has nothing to do in bf16.
+    assert "pgd100 0: 50/50 images" in result.stdout
+    path = folder / "guardbench-runs" / "classifiers" / "quick" / "lr-seed0-dev.json"
+    record = load_any_record(path)
+    assert (record.tier, record.test.total) == ("dev", 50)
+    assert record.provenance.precision["search"] == "fp32"
+    official = the_record(folder)
+    assert official.tier == "official"
+    assert "search" not in official.provenance.precision
+    assert record.protocol_sha256 == official.protocol_sha256
+    assert record.test.list_sha256 != official.test.list_sha256
+    assert guardbench("compare", str(path), str(path), cwd=folder).returncode == 0
+    # On the images of both tiers, a float32 search of a linear model finds the same.
+    from guardbench.data.dataset import load_split
+    from guardbench.evaluation import measured_indices
+    from guardbench.progress import Progress
+    from guardbench.protocol import load_protocol
+
+    test = load_split(
+        "digits", "val", resolution=8, data_dir=None, cache_dir=None, progress=Progress()
+    )
+    protocol = load_protocol(str(folder / "quick.toml"))
+    order, part = (measured_indices(protocol, test, sample) for sample in (None, 50))
+    assert test.labels[part].bincount().tolist() == [5] * 10
+    places = [order.index(i) for i in part]
+    assert places == sorted(places)
+    for name in ("pgd100", "apgd-t", "fgsm"):
+        whole = official.seeds[0].attacks[name].flags()
+        assert record.seeds[0].attacks[name].flags() == [whole[place] for place in places], name
+
+
 def test_a_wrong_order_of_classes_is_flagged(evaluated) -> None:
     folder, _ = evaluated
     (folder / "shifted.py").write_text(
@@ -160,6 +198,23 @@ def test_a_wrong_order_of_classes_is_flagged(evaluated) -> None:
         (("--protocol", "digits", "--python", "wide:network"), r"must answer logits \[2, K\]"),
         (("--protocol", "digits", "--python", "big:network"), "cannot answer images"),
         (("--protocol", "digits", "--python", "nan:network"), "answers NaN"),
+        (
+            ("--protocol", "digits", "--python", "linear:network", "--images", "50"),
+            "say --tier dev",
+        ),
+        (
+            (
+                "--protocol",
+                "digits",
+                "--python",
+                "linear:network",
+                "--tier",
+                "dev",
+                "--images",
+                "7",
+            ),
+            "--images 7: must be a multiple of the 10 classes",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(evaluated, words, line) -> None:

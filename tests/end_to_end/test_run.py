@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,25 @@ def test_show_prints_the_table_again(ran) -> None:
     assert table[0] in shown.stdout
 
 
+def test_a_dev_run_takes_over_the_students_and_stands_on_no_board(ran, tmp_path) -> None:
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(ran[0], folder)
+    boards = {p: p.read_bytes() for p in folder.rglob("leaderboards/**/*.json")}
+    result = guardbench(*quick(folder, "--tier", "dev"), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    plan, _, rest = result.stdout.partition("expected")
+    assert re.search(r"tier +dev, unofficial: 20 of 100 test images", plan)
+    assert re.search(r"student .* done", plan)
+    assert re.search(r"pgd100 .* to do", plan)
+    assert re.search(r"^pgd100 +20 x 2 ", rest, re.MULTILINE)
+    (path,) = folder.glob("guardbench-runs/dev/quick/ipc1/*.json")
+    assert load_record(path).tier == "dev"
+    assert "board" not in rest.partition("total")[2]
+    assert {p: p.read_bytes() for p in folder.rglob("leaderboards/**/*.json")} == boards
+
+
 def test_dry_run_stops_after_the_plan_and_writes_nothing(tmp_path) -> None:
     result = guardbench(*quick(tmp_path, "--dry-run"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -202,6 +222,9 @@ BAD = {
     "output": (["--method", "guard", "--dataset", "digits", "--output", "file/x"], "file"),
     "long output": (
         ["--method", "guard", "--dataset", "digits", "--output", "x" * 300], "cannot be written",
+    ),
+    "dev publish": (
+        ["--method", "guard", "--dataset", "digits", "--tier", "dev", "--publish"], "unofficial",
     ),
     "checkout": (["--method", "guard", "--dataset", "digits", "--publish"], "no checkout"),
 }  # fmt: skip

@@ -85,6 +85,32 @@ def test_autoattack_reaches_the_exact_answer(norm, classes, monkeypatch):
     assert torch.equal(outcome.robust, robust)
 
 
+class Small(nn.Module):
+    """A model on a device that holds six images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+        return self.model(x)
+
+
+def test_where_memory_runs_out_the_package_gets_fewer_images_at_a_time():
+    model, x, y, threat, ratio = exact_case(4, "linf", 6)
+    clear = (ratio - 1).abs() > 0.01
+    x, y, robust = x[clear][:20], y[clear][:20], ratio[clear][:20] > 1
+    assert 5 < robust.sum() < 15
+    small = Small(model).eval()
+    found = AutoAttack(threat=threat, engine="reference", square=False).perturb(small, x, y, seed=0)
+    assert torch.equal(model(found).argmax(1) == y, robust)
+    assert [size for size in small.sizes if size > 6] == [20, 10], "each size is tried once"
+
+
 def test_square_comes_close_from_above():
     model, x, y, threat, ratio = exact_case(3, "linf", 8)
     attack = Square(threat=threat, queries=1500, engine="reference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 
 import pyautoattack
@@ -376,6 +377,64 @@ def precise_case(count: int = 24):
     x[::6] = (3 * x[::6] - 1).clamp(0, 1)
     with torch.no_grad():
         return model, x, model(x).argmax(1)
+
+
+class Counting(nn.Module):
+    """Counts the images that a model is asked about."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.asked = model, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked += len(x)
+        return self.model(x)
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, AutoAttack(threat=NEAR)], ids=repr)
+def test_an_attack_killed_in_its_midst_goes_on_there_and_ends_the_same(attack, monkeypatch):
+    monkeypatch.setattr(
+        streams, "rows_at_once", lambda _: 8
+    )  # the queue is refilled again and again
+    model, x, y = precise_case()
+    written: list[bytes] = []
+    checks = iter(range(10**9))
+    period = 1 if repr(attack) != repr(AutoAttack(threat=NEAR)) else 400
+
+    def run(states=(), due=lambda: False, model=model):
+        def write(states):
+            buffer = io.BytesIO()
+            torch.save(states, buffer)
+            written.append(buffer.getvalue())
+
+        with streams.journaling(streams.Journal(due, write, states)):
+            return attack.perturb(model, x, y, seed=3)
+
+    counted = Counting(model)
+    whole = attack.perturb(counted, x, y, seed=3)
+    assert torch.equal(run(due=lambda: next(checks) % period == 0), whole), (
+        "keeping changes nothing"
+    )
+    assert len(written) > 3
+    asked = []
+    for place in sorted({0, len(written) // 3, 2 * len(written) // 3, len(written) - 1}):
+        states = torch.load(io.BytesIO(written[place]), weights_only=True)
+        again = Counting(model)
+        assert torch.equal(run(states, model=again), whole), place
+        asked.append(again.asked)
+    assert asked == sorted(asked, reverse=True)
+    assert asked[-1] < 0.5 * counted.asked, "what was done is not done again"
+
+
+def test_the_journal_of_other_images_is_not_followed():
+    model, x, y = precise_case()
+    attack, states = Square(threat=LINF, queries=30), []
+    with streams.journaling(streams.Journal(lambda: True, lambda now: states.append([*now]))):
+        attack.perturb(model, x, y, seed=3)
+    other = x.flip(0)
+    with streams.journaling(streams.Journal(lambda: False, lambda _: None, states[-1])):
+        found = attack.perturb(model, other, y.flip(0), seed=3)
+    assert torch.equal(found, attack.perturb(model, other, y.flip(0), seed=3))
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=repr)

@@ -172,6 +172,7 @@ def record(**more) -> ClassifierRecord:
             SeedRun(seed=0, clean=clean, attacks={"autoattack": robust}),
         ),
         "test": TestSet(data_sha256="0" * 64, list_sha256="0" * 64, total=300),
+        "tier": "official",
         "provenance": Provenance(
             guardbench="0", commit=None, versions={}, python="3", platform="x", device="cpu",
             precision={}, threads=1, engines={},
@@ -182,6 +183,12 @@ def record(**more) -> ClassifierRecord:
         ),
     }  # fmt: skip
     return ClassifierRecord(**{**words, **more})
+
+
+def test_a_dev_record_does_not_become_model_info(tmp_path):
+    save_record(tmp_path / "mine.json", record(tier="dev"))
+    result = CliRunner().invoke(app, ["robustbench", "export", str(tmp_path / "mine.json")])
+    assert "of the dev tier; evaluate it without --tier" in str(result.exception)
 
 
 def test_a_record_becomes_model_info(tmp_path):

@@ -122,6 +122,34 @@ def test_an_honest_model_raises_nothing(honest, norm) -> None:
     assert len(inspect(model, x[:1], y[:1], threat, seed=0)) == 6
 
 
+class Small(nn.Module):
+    """A model on a device that holds ten images, or fewer with a gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > (5 if images.requires_grad else 10):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+        return self.model(images)
+
+
+@pytest.mark.parametrize("name", [None, "batch-dependence", "zero-gradients"])
+def test_where_memory_runs_out_the_checks_find_the_same(honest, name) -> None:
+    model, x, y = honest
+    model = CAUGHT[name](model) if name else model
+    found = inspect(Small(model).eval(), x, y, THREAT, seed=0)
+    wanted = inspect(model.eval(), x, y, THREAT, seed=0)
+    assert found.keys() == wanted.keys()
+    flagged = [[name for name, check in some.items() if check.flagged] for some in (found, wanted)]
+    assert flagged[0] == flagged[1]
+    if name:
+        assert name in flagged[0]
+        return
+    assert found == wanted
+
+
 def seed_run(**robust: range) -> SeedRun:
     """A hundred images, all right when clean, and which of them survive an attack.
 

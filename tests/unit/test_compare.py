@@ -340,6 +340,17 @@ def test_what_a_reader_has_to_know_is_noted():
 # --- refusals
 
 
+def test_records_of_two_tiers_are_refused_and_two_of_dev_are_called_unofficial():
+    dev = unlike(tier="dev")
+    with pytest.raises(GuardbenchError, match="A is of tier dev and B of tier official"):
+        compare(dev, RECORD)
+    assert any("unofficial" in note for note in compare(dev, dev).notes)
+    assert not any("unofficial" in note for note in compare(RECORD, RECORD).notes)
+    other = unlike(tier="dev", test={"list_sha256": "0" * 64})
+    with pytest.raises(GuardbenchError, match="again with the other's --images"):
+        compare(dev, other)
+
+
 def unlike(**fields):
     words = RECORD.model_dump()
     for name, value in fields.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -87,6 +89,76 @@ def test_survivors_go_on_from_where_they_stood(monkeypatch):
     assert torch.equal(begun[1], ended[0][found[found > 0] > 1])
     assert torch.equal(begun[2], ended[1][found[found > 1] > 2])
     assert 0 < len(begun[2]) < len(begun[1]) < len(begun[0])
+
+
+def test_a_killed_verb_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    from guardbench import curve as module
+    from guardbench import runtime
+
+    (tmp_path / "flat.py").write_text(
+        "import torch\n"
+        "def network():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "CHECKPOINT_EVERY_S", -1.0)
+    words = ["curve", "--protocol", "digits", "--python", "flat:network", "--images", "60"]
+    words += ["--radii", "1/255,4/255,8/255"]
+    real, radii = module.run_batch, []
+
+    def dies(attack, *rest, **more):
+        if len(radii) == 2:
+            raise KeyboardInterrupt
+        radii.append(attack.threat.eps)
+        return real(attack, *rest, **more)
+
+    monkeypatch.setattr(module, "run_batch", dies)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 130
+    assert "run the same command again" in result.output
+    monkeypatch.setattr(
+        module, "run_batch", lambda a, *r, **m: (radii.append(a.threat.eps), real(a, *r, **m))[1]
+    )
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert radii == [Fraction(k, 255) for k in (1, 4, 8)]
+    resumed = load_curve(tmp_path / "curve.json")
+    shutil.rmtree(tmp_path / "guardbench-runs")
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert load_curve(tmp_path / "curve.json") == resumed
+
+
+def test_a_curve_killed_after_any_step_goes_on_there_and_ends_the_same(monkeypatch):
+    model, x, y, distance = linear_case("linf")
+    far = float(distance.max())
+    radii = [Fraction(share * far).limit_denominator(10**6) for share in (0.3, 0.6, 1.1)]
+    searches: list[int] = []
+    kept_search = warm.search
+
+    def counted(net, images, *rest, **more):
+        searches.append(len(images))
+        return kept_search(net, images, *rest, **more)
+
+    monkeypatch.setattr(warm, "search", counted)
+
+    def go(state=None, keep=lambda _: None):
+        heard: list[int] = []
+        found = security_curve(
+            model, x, y, "linf", radii, steps=3, batch_size=30, told=heard.append, state=state,
+            keep=keep,
+        )  # fmt: skip
+        assert sum(heard) == len(x)
+        return found
+
+    states: list[dict] = []
+    # A checkpoint is written at once; what comes later must not reach into it.
+    whole = go(keep=lambda state: states.append(copy.deepcopy(state)))
+    unbroken = [*searches]
+    assert len(states) == len(unbroken) > 6
+    for steps, state in enumerate(states, start=1):
+        searches.clear()
+        assert torch.equal(go(state), whole), steps
+        assert searches == unbroken[steps:], "nothing finished is searched again"
 
 
 class Noisy(nn.Module):
@@ -183,5 +255,15 @@ def test_the_verb_prints_a_table_and_writes_both_files(tmp_path, monkeypatch):
     assert [point.eps for point in made.points] == ["0", "1/255", "8/255", "64/255"]
     assert made.total == 40
     assert (tmp_path / "curve.png").is_file()
+    # The same again is read, another curve is made.
+    stages = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stage.json")}
+    (tmp_path / "curve.json").unlink()
+    again = CliRunner().invoke(app, [*words, "--radii", "1/255,8/255,64/255"])
+    assert again.exit_code == 0, again.output
+    assert load_curve(tmp_path / "curve.json") == made
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stage.json")} == stages
+    assert len(stages) == 1
+    assert CliRunner().invoke(app, [*words, "--radii", "1/255,9/255"]).exit_code == 0
+    assert len([*tmp_path.rglob("stage.json")]) == 2
     again = CliRunner().invoke(app, [*words, "--radii", "1/255", "--beside", "no.json"])
     assert isinstance(again.exception, GuardbenchError)

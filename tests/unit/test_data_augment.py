@@ -45,7 +45,7 @@ def test_both_ways_of_sampling_agree_with_their_gradients() -> None:
     rows = augment._centres(boxes[:, 0].float(), boxes[:, 2].float(), 16)
     columns = augment._centres(boxes[:, 1].float(), boxes[:, 3].float(), 16)
     one = augment.apply_crops(images, boxes, None, 16)
-    two = augment._matmul_sample(images, rows, columns)
+    two = augment.sample_axes(images, rows, columns)
     torch.testing.assert_close(one, two, atol=2e-5, rtol=0)
     weight = pictures(5, (16, 16), seed=3)
     (first,) = torch.autograd.grad((one * weight).sum(), images)

@@ -1,6 +1,7 @@
 """Students x attacks, on students whose answers are known beforehand."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from guardbench import evaluation, scoring
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_verified
+from guardbench.attacks.searched import searchable
 from guardbench.attacks.square import Square
 from guardbench.data.dataset import RealDataset
 from guardbench.evaluation import plan_evaluation
@@ -18,7 +20,7 @@ from guardbench.models import batch_norms, build_model
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
 from guardbench.runtime import Run
-from guardbench.scoring import attack_batch, searchable, shared_square
+from guardbench.scoring import attack_batch, shared_square
 
 
 def make_run(tmp_path) -> Run:
@@ -121,8 +123,9 @@ def test_counts_are_those_of_the_network(evaluated) -> None:
     alone = run_verified(attack, model, x, y, seed=named, batch_size=7)
     assert runs[1].attacks["pgd100"].flags() == alone.robust.tolist()
     names = ["student 0", "clean 0", "checks 0", "pgd100 0", "square 0"]
-    assert [c.stage for c in costs[:5]] == names
-    assert not any(c.shared for c in costs)
+    assert [c.stage for c in costs.found[:5]] == names
+    assert not any(c.shared for c in costs.found)
+    assert not costs.searched
 
 
 def test_what_is_finished_is_not_attacked_again(evaluated) -> None:
@@ -132,7 +135,7 @@ def test_what_is_finished_is_not_attacked_again(evaluated) -> None:
     again, costs = go()
     assert len(calls) == before
     assert again == first
-    assert all(c.shared for c in costs)
+    assert all(c.shared for c in costs.found)
 
 
 def test_an_interrupted_attack_goes_on_at_its_next_batch(evaluated, monkeypatch) -> None:
@@ -155,6 +158,76 @@ def test_an_interrupted_attack_goes_on_at_its_next_batch(evaluated, monkeypatch)
     pgd = [8, 8, 8, 8, 8]
     assert calls[:5] == pgd, "three batches before, two after, none twice"
     assert runs[0].attacks["pgd100"].total == 60
+
+
+def test_an_attack_column_killed_in_the_midst_of_its_batch_ends_the_same(
+    evaluated, monkeypatch, tmp_path
+) -> None:
+    """All of Square's twenty images are one batch; it is killed at its thirtieth query."""
+    from guardbench.attacks import square
+
+    go, *_ = evaluated
+    monkeypatch.setattr("guardbench.runtime.CHECKPOINT_EVERY_S", -1.0)
+    real, queries = square._Search.advance, []
+
+    def dies(self, model, rows):
+        if len(queries) == 30:
+            raise KeyboardInterrupt
+        queries.append(len(rows["image"]))
+        return real(self, model, rows)
+
+    monkeypatch.setattr(square._Search, "advance", dies)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+    first = [*queries]
+
+    def goes_on(self, model, rows):
+        queries.append(len(rows["image"]))
+        return real(self, model, rows)
+
+    monkeypatch.setattr(square._Search, "advance", goes_on)
+    resumed, _ = go()
+    assert not checkpoint.exists()
+    together = queries[:]
+    shutil.rmtree(tmp_path)
+    queries.clear()
+    unbroken, _ = go()
+    assert resumed == unbroken
+    assert queries[:30] == first
+    assert together == queries, "every query once, in both students' columns"
+
+
+def test_the_dev_tier_searches_in_bf16_and_says_so(evaluated, monkeypatch, tmp_path) -> None:
+    *_, test, _, protocol = evaluated
+    torch.manual_seed(0)
+    layers = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    net = nn.Sequential(nn.Flatten(), *layers).eval().requires_grad_(False)
+    monkeypatch.setattr(scoring, "bf16_gains", lambda _kind, _resolution: True)
+    with torch.no_grad():
+        answers = net(test.batch(range(80))).argmax(1)
+    run = make_run(tmp_path / "dev")
+    x = test.select(list(range(40)))
+    pgd = protocol.attacks[0].model_copy(update={"params": {"steps": 10, "step": "1/100"}})
+    protocol = protocol.model_copy(
+        update={"attacks": (pgd, *protocol.attacks[1:]),
+                "threat": protocol.threat.model_copy(update={"eps": "1/25"})}
+    )  # fmt: skip
+    found = {}
+    for sample in (40, None):
+        plan = scoring.plan_scoring(
+            run, protocol, seed=0, position=0, subject="s", test_digest="d", engine="guardbench",
+            sample=sample,
+        )  # fmt: skip
+        costs, rows = scoring.Costs(), 40 if sample else 60
+        images = x if sample else test.select(list(range(60)))
+        found[sample] = scoring.score(run, protocol, plan, net, images, answers[:rows], costs)
+        assert costs.searched == ({"bf16"} if sample else set())
+    dev, official = found[40].attacks, found[None].attacks
+    assert (dev["square"].first, dev["square"].total) == (0, 40)
+    pairs = [*zip(dev["pgd100"].flags(), official["pgd100"].flags()[:40], strict=True)]
+    assert sum(a != b for a, b in pairs) <= 1
+    assert 5 < sum(a for a, _ in pairs) < 35
 
 
 def test_square_is_shared_only_where_it_is_the_same_attack_on_the_same_images() -> None:

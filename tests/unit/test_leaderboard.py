@@ -116,6 +116,16 @@ def test_the_golden_board_is_built_to_the_byte():
     assert Board.model_validate_json(text, strict=True).model_dump(mode="json") == board
 
 
+def test_a_dev_record_stands_on_no_board(tmp_path):
+    dev = stored(record(tier="dev"))
+    said = "tier: dev, a board takes official records alone; run it again with `guardbench run"
+    with pytest.raises(GuardbenchError, match=said):
+        build_leaderboard([dev], TOY, 10)
+    save_record(tmp_path / dev.path, dev.record)
+    with pytest.raises(GuardbenchError, match=f"{dev.path}: {said}"):
+        rebuild(tmp_path, load=lambda _: TOY)
+
+
 def test_numbers_of_a_row_by_hand():
     board = build_leaderboard([stored(record(clean=50, pgd=30, aa=10, cw=20))], TOY, 10)
     (row,) = board["tracks"]["soft"]

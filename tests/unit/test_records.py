@@ -12,7 +12,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.record_files import load_record, save_record
 from guardbench.records import Outcome, ResultRecord, SeedRun
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "record-v2.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "record-v3.json"
 
 
 def words():
@@ -138,7 +138,7 @@ def test_the_ranges_are_compared_from_where_clean_begins():
 # --- files
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_the_golden_record_of_every_version_loads_for_ever(version):
     record = load_record(GOLDEN.with_name(f"record-v{version}.json"))
     assert record.result_sha256 == (
@@ -148,6 +148,7 @@ def test_the_golden_record_of_every_version_loads_for_ever(version):
     assert record.provenance.engines == {
         "autoattack": "reference" if version == 1 else "guardbench"
     }
+    assert record.tier == "official"
 
 
 def test_saving_gives_the_golden_bytes(tmp_path):
@@ -215,8 +216,14 @@ def test_the_result_digest_ignores_what_a_resume_changes_and_nothing_else():
         "test": {**record.test.model_dump(), "total": 61},
         "seeds": record.seeds[:2],
         "flags": (),
+        "tier": "dev",
     }
-    assert changed.keys() | ignored == set(ResultRecord.model_fields)
+    assert changed.keys() | ignored | {"overrides"} == set(ResultRecord.model_fields)
+    own = {**record.model_dump(), "method": changed["method"]}
+    said = ResultRecord(**{**own, "overrides": ("squeeze.epochs=5",)})
+    assert said.result_sha256 != ResultRecord(**own).result_sha256
+    with pytest.raises(ValidationError, match="overrides: settings were changed"):
+        ResultRecord(**{**record.model_dump(), "overrides": ("squeeze.epochs=5",)})
     for field, value in changed.items():
         bent_record = ResultRecord(**{**record.model_dump(), field: value})
         assert bent_record.result_sha256 != record.result_sha256, field
@@ -268,7 +275,8 @@ CHANGES = [
     (("seeds", 0, "clean", "correct"), 1, "bits are set"),
     (("seeds", 2, "attacks", "cw", "bounded"), True, "bounded for one seed"),
     (("test", "total"), 59, "measures image 59 of a list of 59"),
-    (("schema_version",), 3, "made by a newer guardbench"),
+    (("tier",), "almost", "tier: "),
+    (("schema_version",), 4, "made by a newer guardbench"),
     (("schema_version",), "1", "schema_version: must be an integer"),
     (("schema_version",), True, "schema_version: must be an integer"),
     (("schema_version",), 0, "schema_version: must be an integer"),

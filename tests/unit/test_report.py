@@ -75,6 +75,15 @@ def test_ten_seeds_fold_inside_their_column():
     assert text.count("85.0") == 4
 
 
+def test_a_dev_record_says_so_first_and_how_its_images_were_chosen():
+    made = RECORD.provenance.model_copy(update={"precision": {"attacks": "fp32", "search": "bf16"}})
+    text = " ".join(printed(changed(tier="dev", provenance=made.model_dump())).split())
+    assert "tier dev, unofficial: on no board" in text.partition("measurement")[0]
+    assert "Images: 60 of the protocol's, an equal share a class, the first of each" in text
+    assert "Searched in bf16, judged in float32." in text
+    assert "tier" not in printed(RECORD)
+
+
 def test_one_seed_says_what_its_interval_leaves_out():
     text = printed(changed(seeds=RECORD.seeds[:1]))
     assert "one seed says nothing about other seeds" in text

@@ -125,10 +125,10 @@ def test_another_version_of_torch_is_another_stage(tmp_path, monkeypatch) -> Non
 
 def test_bf16_is_not_chosen_where_it_would_be_emulated(monkeypatch) -> None:
     monkeypatch.setattr(runtime.Path, "read_text", lambda _self: "flags: avx2 avx512f")
-    assert not runtime._bf16_gains("cpu", 224)
+    assert not runtime.bf16_gains("cpu", 224)
     monkeypatch.setattr(runtime.Path, "read_text", lambda _self: "flags: avx512_bf16")
-    assert runtime._bf16_gains("cpu", 224)
-    assert not runtime._bf16_gains("cpu", 8)
+    assert runtime.bf16_gains("cpu", 224)
+    assert not runtime.bf16_gains("cpu", 8)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_remedy() -> None:

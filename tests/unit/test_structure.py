@@ -16,8 +16,9 @@ ROOMS = [
     ["errors", "canonical", "threat"],
     ["store", "progress", "figures"],
     ["protocol", "methods", "migrations", "records", "record_files", "metrics", "registry"],
-    ["paired", "board"],
-    ["leaderboard", "compare", "report"],
+    ["paired", "board", "tier"],
+    ["published"],
+    ["leaderboard", "compare", "report", "diagnosed"],
     ["runtime", "provenance"],
     ["data"],
     ["ball", "models"],
@@ -27,13 +28,13 @@ ROOMS = [
     ["views"],
     ["training"],
     ["attacks"],
-    ["checks", "classifiers"],
-    ["scoring", "curve"],
+    ["checks", "classifiers", "shift"],
+    ["scoring", "curve", "diagnosis"],
     ["evaluation"],
     ["pipeline", "assessment"],
     ["cli", "__main__"],
 ]
-LIGHT = 5  # rooms before this one never import torch
+LIGHT = 6  # rooms before this one never import torch
 ONLY_DOORS = {
     "pyautoattack": "attacks/reference.py",
     "robustbench": "attacks/robustbench.py",

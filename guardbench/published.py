@@ -1,0 +1,101 @@
+"""What papers report, beside what is reproduced here, and where a paper contradicts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from guardbench.methods import MethodFile, Published
+from guardbench.metrics import Estimate, estimate
+from guardbench.records import ResultRecord
+
+ROUNDING = 0.05
+"""Percentage points that two printed accuracies may differ by and still agree."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One accuracy that a paper prints and a record here has measured.
+
+    Attributes:
+        method, dataset, ipc: of the paper's row.
+        column: `clean` or the attack.
+        published: percent.
+        source: paper and table.
+        record: whose protocol may differ from the paper's; it says which.
+        found: of the record.
+    """
+
+    method: str
+    dataset: str
+    ipc: int
+    column: str
+    published: float
+    source: str
+    record: ResultRecord
+    found: Estimate
+
+    @property
+    def gap(self) -> float:
+        """Percentage points that the reproduction lies above the paper."""
+        return 100 * float(self.found.share) - self.published
+
+
+def reproduced(methods: Iterable[MethodFile], records: Iterable[ResultRecord]) -> list[Cell]:
+    """Every published cell for which a record has the same method, dataset, IPC and column.
+
+    A cell that a paper prints in several tables is compared with each value once.
+    """
+    by_name = {method.name: method for method in methods}
+    found: dict[tuple[object, ...], Cell] = {}
+    for record in records:
+        method = by_name.get(record.method.name)
+        for row in () if method is None else method.published:
+            if (row.dataset, row.ipc) != (record.dataset, record.ipc):
+                continue
+            for column, value in row.cells.items():
+                outcomes = _outcomes(record, column)
+                if outcomes is not None:
+                    key = (record.result_sha256, column, value)
+                    cell = Cell(
+                        record.method.name, row.dataset, row.ipc, column, value, row.source,
+                        record, outcomes,
+                    )  # fmt: skip
+                    found.setdefault(key, cell)
+    return list(found.values())
+
+
+def _outcomes(record: ResultRecord, column: str) -> Estimate | None:
+    if column == "clean":
+        return estimate([run.clean for run in record.seeds])
+    if column not in record.attack_names:
+        return None
+    return estimate([run.attacks[column] for run in record.seeds])
+
+
+def contradictions(methods: Iterable[MethodFile]) -> list[str]:
+    """Cells of a paper that cannot all be right, a line each.
+
+    Three kinds: two tables disagree about one cell; a network is more accurate under attack than on
+    clean images, though every attack keeps the clean image as a candidate; Square, which sees only
+    logits, breaks more than PGD-100, which sees gradients (possible where gradients are masked).
+    """
+    lines: dict[str, None] = {}
+    for method in methods:
+        seen: dict[tuple[str, int, str], tuple[float, Published]] = {}
+        for row in method.published:
+            where = f"{method.name}, {row.dataset}, IPC {row.ipc}"
+            for column, value in row.cells.items():
+                earlier = seen.setdefault((row.dataset, row.ipc, column), (value, row))[0]
+                if abs(earlier - value) > ROUNDING:
+                    lines[f"{where}: {column} is {earlier} in one table and {value} in another"] = (
+                        None
+                    )
+                if column != "clean" and value > row.cells.get("clean", 100.0):
+                    lines[
+                        f"{where}: {value} under {column} is above {row.cells['clean']} clean"
+                    ] = None
+            square, pgd = row.cells.get("square", 100.0), row.cells.get("pgd100", 0.0)
+            if square < pgd:
+                lines[f"{where}: {square} under Square is below {pgd} under PGD-100"] = None
+    return list(lines)

@@ -1,0 +1,72 @@
+"""Published cells: matched by method, dataset, IPC and column, and doubted where they contradict."""
+
+import pytest
+from typer.testing import CliRunner
+
+from guardbench.cli import app
+from guardbench.methods import MethodFile, Published, load_method, method_names, methods_folder
+from guardbench.published import contradictions, reproduced
+from guardbench.record_files import load_record
+
+
+def with_cells(*rows: tuple[int, dict[str, float]]) -> MethodFile:
+    published = tuple(
+        Published(dataset="imagenette", ipc=ipc, source=f"table {k}", cells=cells)
+        for k, (ipc, cells) in enumerate(rows)
+    )
+    return load_method("guard").model_copy(update={"published": published})
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(10, {"clean": 50.0, "pgd100": 40.0, "square": 45.0})], None),
+        ([(10, {"clean": 50.0, "mim": 50.01})], "50.01 under mim is above 50.0 clean"),
+        ([(10, {"cw": 41.47}), (10, {"cw": 58.67})], "cw is 41.47 in one table and 58.67"),
+        ([(10, {"cw": 41.47}), (50, {"cw": 58.67})], None),
+        ([(10, {"square": 19.0, "pgd100": 31.0})], "19.0 under Square is below 31.0"),
+    ],
+)
+def test_a_contradiction_is_told(rows: list, said: str | None) -> None:
+    lines = contradictions([with_cells(*rows)])
+    assert len(lines) == (said is not None)
+    assert said is None or said in lines[0]
+
+
+def test_the_known_contradictions_of_guards_paper_are_found() -> None:
+    lines = "\n".join(contradictions(load_method(name) for name in method_names()))
+    assert "guard, imagenette, IPC 10: cw is 41.47 in one table and 58.67 in another" in lines
+    assert "sre2l, imagenette, IPC 100" in lines
+
+
+def test_a_gap_is_here_minus_paper_in_points() -> None:
+    path = methods_folder() / "guard" / "results" / "imagenette-64" / "ipc10-seed0.json"
+    record = load_record(path)
+    clean = 100 * sum(run.clean.correct / run.clean.total for run in record.seeds) / 3
+    method = with_cells((10, {"clean": 60.0, "nothing": 1.0}), (50, {"clean": 1.0}))
+    (cell,) = reproduced([method], [record])
+    assert (cell.column, cell.published) == ("clean", 60.0)
+    assert cell.gap == pytest.approx(float(clean) - 60.0)
+    assert not reproduced([load_method("sre2l")], [record])
+
+
+def test_on_the_command_line() -> None:
+    runner = CliRunner()
+    shown = runner.invoke(app, ["compare", "--paper"], env={"COLUMNS": "160"})
+    assert shown.exit_code == 0
+    assert "57.93" in shown.output
+    assert "contradicts itself" in shown.output
+    listed = runner.invoke(app, ["methods"], env={"COLUMNS": "200"})
+    for name in method_names():
+        assert name in listed.output
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["--paper", "--json", "x", "a"]])
+def test_wrong_arguments_are_one_line(arguments: list[str], monkeypatch, capsys) -> None:
+    from guardbench.cli import main
+
+    monkeypatch.setattr("sys.argv", ["guardbench", "compare", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
