@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,6 +41,7 @@ from guardbench.distillers.experts import (
     plan_experts,
     train_experts,
 )
+from guardbench.distillers.synthetic import RealClasses, matching_folder
 from guardbench.distillers.trajectory_loss import (
     Matcher,
     StepLoss,
@@ -53,17 +54,40 @@ from guardbench.records import LabelKind, Strict
 from guardbench.runtime import StageFolder, check_finite
 
 
-class Match(Strict):
-    """The `match` table: what is the same at every IPC.
+class Choices(Strict):
+    """What the papers choose anew for each IPC; None: nothing is said here.
+
+    Attributes:
+        steps: N, of the student.
+        expert_epochs: M, that those steps should be worth.
+        max_start_epoch: largest t.
+        batch_size: distilled images a step of the student; all of them when nothing is said.
+        image_lr: of SGD on the images, in normalised pixels.
+        student_lr: the student's learning rate at first.
+        lr_lr: of SGD on the student's learning rate.
+    """
+
+    steps: int | None = Field(default=None, gt=0)
+    expert_epochs: int | None = Field(default=None, gt=0)
+    max_start_epoch: int | None = Field(default=None, ge=0)
+    batch_size: int | None = Field(default=None, gt=0)
+    image_lr: float | None = Field(default=None, gt=0)
+    student_lr: float | None = Field(default=None, gt=0)
+    lr_lr: float | None = Field(default=None, ge=0)
+
+
+class Match(Choices):
+    """The `match` table. What it says beside `by_ipc` holds at every IPC, so that `--set` does too.
 
     Attributes:
         iterations: of the images, each on one expert from one epoch.
-        momentum: of the SGD on images and on the student's learning rate.
+        momentum: of SGD on the images and on the student's learning rate.
         init: `real`, the images start as random ones of their class; or `noise`, standard normal in
             normalised pixels.
         labels: `hard`; or `expert`, soft labels that are the first expert's answers, after its last
             epoch, to the real images from which the distilled ones start (TESLA, section 4.2).
         crop_scale, flip: of the random view that a student's step sees; by default none.
+        by_ipc: the choices for each IPC.
     """
 
     iterations: int = Field(gt=0)
@@ -72,28 +96,19 @@ class Match(Strict):
     labels: Literal["hard", "expert"] = "hard"
     crop_scale: CropScale = (1.0, 1.0)
     flip: bool = False
+    by_ipc: dict[PositiveInt, Choices]
 
 
 class Schedule(Strict):
-    """The table `ipc.<images per class>`: what the papers choose for each IPC.
+    """The choices in force, see `Choices`."""
 
-    Attributes:
-        steps: N, of the student.
-        expert_epochs: M, that those steps should be worth.
-        max_start_epoch: largest t.
-        batch_size: distilled images a step of the student; all of them when it is not given.
-        lr_img: of the images, in normalised pixels.
-        lr_lr: of the student's learning rate.
-        lr: the student's learning rate at first.
-    """
-
-    steps: int = Field(gt=0)
-    expert_epochs: int = Field(gt=0)
-    max_start_epoch: int = Field(ge=0)
-    batch_size: int | None = Field(default=None, gt=0)
-    lr_img: float = Field(gt=0)
-    lr_lr: float = Field(ge=0)
-    lr: float = Field(gt=0)
+    steps: int
+    expert_epochs: int
+    max_start_epoch: int
+    batch_size: int | None = None
+    image_lr: float
+    student_lr: float
+    lr_lr: float
 
 
 class Params(Strict):
@@ -101,19 +116,17 @@ class Params(Strict):
 
     experts: Experts
     match: Match
-    ipc: dict[int, Schedule]
 
 
 class _Trajectories:
     """What both distillers share; they differ in how the gradient is taken.
 
     Attributes:
-        name: of the distiller.
         matcher: takes the gradient.
         passes: what one image in one student's step costs, in forward+backward passes.
     """
 
-    name: str
+    params = Params
     matcher: Matcher
     passes: float
 
@@ -121,10 +134,11 @@ class _Trajectories:
         """See `Distiller.plan`; refuses an IPC that has no schedule."""
         params = read_params(task, Params)
         schedule = find_schedule(task, params)
-        images = min(task.ipc * len(task.classes), schedule.batch_size or 1 << 62)
+        images = self.image_count(task)
+        images = min(images, schedule.batch_size or images)
         count = params.match.iterations
         match = PlannedStage(
-            _match_folder(task, params, self.name),
+            _match_folder(task, params),
             f"{count} steps of {schedule.steps} x {images} images",
             count * schedule.steps * images * self.passes,
             # Differences of weights that hardly differ are matched: always in float32.
@@ -136,10 +150,14 @@ class _Trajectories:
         """See `Distiller.label_kind`: as the recipe's `match.labels` says."""
         return "soft" if read_params(task, Params).match.labels == "expert" else "hard"
 
+    def image_count(self, task: Task) -> int:
+        """See `Distiller.image_count`."""
+        return task.ipc * len(task.classes)
+
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""
         params = read_params(task, Params)
-        folder = _match_folder(task, params, self.name)
+        folder = _match_folder(task, params)
         if folder.finished() is not None:
             return load_distilled(folder.path / "distilled")
         experts = train_experts(task, params.experts, train)
@@ -149,58 +167,59 @@ class _Trajectories:
 class MTT(_Trajectories):
     """Matching Training Trajectories."""
 
-    name, passes = "mtt", 3.0
+    passes = 3.0  # measured 2.6 to 3.5 on a processor
     matcher = staticmethod(match_unrolled)
 
 
 class TESLA(_Trajectories):
     """TrajEctory matching with Soft Label Assignment."""
 
-    name, passes = "tesla", 4.0
+    passes = 4.0  # measured 2.7 to 4.6 on a processor
     matcher = staticmethod(match_stepwise)
 
 
 def find_schedule(task: Task, params: Params) -> Schedule:
-    """The schedule of the task's IPC.
+    """The choices in force at the task's IPC.
 
     Raises:
-        GuardbenchError: there is none, or it goes beyond the experts' last epoch, or wants soft labels
-            of noise; one line with the way out.
+        GuardbenchError: some are not made, or they go beyond the experts' last epoch, or soft labels
+            are wanted of noise; one line with the way out.
     """
-    where = f"method {task.method.name}, {task.dataset}@{task.resolution}"
-    if task.ipc not in params.ipc:
-        known = ", ".join(str(ipc) for ipc in sorted(params.ipc))
+    where = f"baselines/{task.method.name}/method.toml: recipe {task.dataset}@{task.resolution}: params.match"
+    match = params.match
+    chosen = match.by_ipc.get(task.ipc, Choices()).model_dump(exclude_none=True)
+    everywhere = match.model_dump(include=set(Choices.model_fields), exclude_none=True)
+    try:
+        schedule = Schedule.model_validate({**chosen, **everywhere})
+    except ValidationError as error:
+        missing = ", ".join(str(problem["loc"][0]) for problem in error.errors())
+        known = ", ".join(str(ipc) for ipc in sorted(match.by_ipc))
         raise GuardbenchError(
-            f"{where}: no student steps are known for IPC {task.ipc}, only for {known}; "
-            f"add a table params.ipc.{task.ipc} to its method.toml."
-        )
-    schedule = params.ipc[task.ipc]
+            f"{where}.by_ipc says nothing of {missing} for IPC {task.ipc}; it has IPC {known}."
+        ) from error
     last = schedule.max_start_epoch + schedule.expert_epochs
     if last > params.experts.epochs:
         raise GuardbenchError(
-            f"{where}: ipc.{task.ipc} matches epoch {last} (max_start_epoch + expert_epochs) of "
-            f"experts that end at {params.experts.epochs}; raise experts.epochs or lower the two."
+            f"{where}: at IPC {task.ipc} epoch {last} of the experts is matched (max_start_epoch + "
+            f"expert_epochs) and they end at {params.experts.epochs}; raise experts.epochs."
         )
-    if params.match.labels == "expert" and params.match.init == "noise":
+    if match.labels == "expert" and match.init == "noise":
         raise GuardbenchError(
-            f"{where}: match.labels: an expert labels real images, not noise; set match.init to real."
+            f"{where}.labels: an expert labels real images; set match.init to real."
         )
     return schedule
 
 
-def _match_folder(task: Task, params: Params, name: str) -> StageFolder:
+def _match_folder(task: Task, params: Params) -> StageFolder:
     experts = params.experts
     folders = [expert_folder(task, experts, number) for number in range(experts.count)]
     words = {
-        "stage": "match",
-        "distiller": name,
-        "experts": canonical.digest([folder.key for folder in folders]),
-        "ipc": task.ipc,
-        "method": task.method.name,
-        "match": params.match.model_dump(mode="json"),
+        # Of the choices only those in force shape the result.
+        "match": params.match.model_dump(mode="json", exclude={"by_ipc", *Choices.model_fields}),
         "schedule": find_schedule(task, params).model_dump(mode="json"),
+        "experts": canonical.digest([folder.key for folder in folders]),
     }
-    return task.run.stage("match", "distilled", words)
+    return matching_folder(task, words)
 
 
 class _Matching:
@@ -222,34 +241,31 @@ class _Matching:
         self.low, self.high = (0 - self.mean) / self.std, (1 - self.mean) / self.std
         self.net = FlatNetwork(model.backbone.requires_grad_(False))
         self.labels = torch.arange(len(task.classes)).repeat_interleave(task.ipc)
-        self.images = self._first_images(train)
+        self.images = self._first_images(RealClasses(task, train))
         self.soft = self._first_labels(params.experts.epochs).to(device)
-        self.lr = torch.tensor(self.schedule.lr, device=device, requires_grad=True)
+        self.lr = torch.tensor(self.schedule.student_lr, device=device, requires_grad=True)
         self.optimizer = torch.optim.SGD(
             [
-                {"params": [self.images], "lr": self.schedule.lr_img},
+                {"params": [self.images], "lr": self.schedule.image_lr},
                 {"params": [self.lr], "lr": self.schedule.lr_lr},
             ],
-            lr=self.schedule.lr_img,
+            lr=self.schedule.image_lr,
             momentum=self.params.momentum,
         )
 
-    def _first_images(self, train: RealDataset) -> Tensor:
+    def _first_images(self, real: RealClasses) -> Tensor:
         """Where the images start, normalised [N, C, H, W], class after class."""
-        run, ipc = self.task.run, self.task.ipc
-        generator = run.generator("match", "init")
-        if self.params.init == "noise":
-            side = self.task.resolution
-            shape = (len(self.labels), self.task.channels, side, side)
-            images = torch.randn(shape, generator=generator).to(run.device)
-        else:
-            picked = []
-            for label in range(len(self.task.classes)):
-                members = torch.nonzero(train.labels == label).flatten()
-                chosen = torch.randperm(len(members), generator=generator)[:ipc]
-                picked.append(members[chosen])
-            images = (train.batch(torch.cat(picked), run.device) - self.mean) / self.std
-        return self._projected(images).requires_grad_()
+        task, run = self.task, self.task.run
+        shape = (task.ipc, task.channels, task.resolution, task.resolution)
+        rows = []
+        for label in range(len(task.classes)):
+            generator = run.generator("match", "init", label)
+            if self.params.init == "noise":
+                rows.append(torch.randn(shape, generator=generator).to(run.device))
+            else:
+                drawn = real.draw(label, task.ipc, generator)
+                rows.append((drawn - self.mean) / self.std)
+        return self._projected(torch.cat(rows)).requires_grad_()
 
     def _first_labels(self, last: int) -> Tensor:
         """What the images are taken for, [N, K], rows that sum to 1."""
@@ -303,11 +319,10 @@ class _Matching:
             self.experts[which].at(epoch).to(device),
             self.experts[which].at(epoch + schedule.expert_epochs).to(device),
         )
-        where = f"ipc.{self.task.ipc}"
         value = check_finite(
             found.loss,
             f"match, step {iteration + 1}",
-            f"lower {where}.lr_img, {where}.lr or {where}.lr_lr in the method's recipe",
+            "lower match.image_lr, match.student_lr or match.lr_lr in the method's recipe",
         )
         self.images.grad, self.lr.grad = found.in_images, found.in_lr
         self.optimizer.step()
@@ -316,7 +331,7 @@ class _Matching:
         if not self.lr.item() > 0:
             raise GuardbenchError(
                 f"match, step {iteration + 1}: the student's learning rate fell to "
-                f"{self.lr.item():.3g}; lower {where}.lr_lr in the method's recipe."
+                f"{self.lr.item():.3g}; lower match.lr_lr in the method's recipe."
             )
         return value
 
