@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import guardbench
-from guardbench.cli import leaderboard, robustbench
+from guardbench.cli import leaderboard, robustbench, submission
 from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
 from guardbench.cli.curve import curve
@@ -37,6 +37,7 @@ app.command()(attacks)
 app.command()(show)
 app.command()(compare)
 app.add_typer(leaderboard.app, name="leaderboard")
+app.add_typer(submission.app, name="submission")
 app.add_typer(robustbench.app, name="robustbench")
 
 

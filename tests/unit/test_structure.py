@@ -19,6 +19,7 @@ ROOMS = [
     ["paired", "board", "tier"],
     ["published"],
     ["leaderboard", "compare", "report", "diagnosed"],
+    ["filing"],
     ["runtime", "provenance"],
     ["data"],
     ["ball", "models"],
@@ -30,11 +31,13 @@ ROOMS = [
     ["attacks"],
     ["checks", "classifiers", "shift"],
     ["scoring", "curve", "diagnosis"],
+    ["references"],
     ["evaluation"],
     ["pipeline", "assessment"],
+    ["submissions"],
     ["cli", "__main__"],
 ]
-LIGHT = 6  # rooms before this one never import torch
+LIGHT = 7  # rooms before this one never import torch
 ONLY_DOORS = {
     "pyautoattack": "attacks/reference.py",
     "robustbench": "attacks/robustbench.py",
