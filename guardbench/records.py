@@ -175,9 +175,9 @@ class SeedRun(Strict):
         clean = self.clean
         if clean.max_distance != 0:
             raise ValueError("clean.max_distance: must be 0, nothing was perturbed")
-        for name, other in self.references.items():
+        for way, other in self.references.items():
             if (other.first, other.total, other.max_distance) != (clean.first, clean.total, 0):
-                raise ValueError(f"references.{name}: must be clean, on the images of clean")
+                raise ValueError(f"references.{way}: must be clean, on the images of clean")
         right = clean.flags()
         for name, outcome in self.attacks.items():
             if outcome.first < clean.first or outcome.end > clean.end:

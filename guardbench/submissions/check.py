@@ -105,13 +105,17 @@ def read_form(folder: Path, problems: Problems) -> Submission | None:
     """The form, or None and all that is wrong with it."""
     form = None
     with problems.catching(FORM):
-        words = read_toml(plain_file(folder, FORM, most=1 << 16), what="submission")
+        path = plain_file(folder, FORM, most=1 << 16)
+        try:
+            words = read_toml(path, what="submission")
+        except GuardbenchError as error:
+            raise GuardbenchError(str(error).removeprefix(f"{path}: ")) from error
         try:
             form = Submission.model_validate(words)
         except ValidationError as error:
             for problem in error.errors():
                 where = ".".join(str(part) for part in problem["loc"])
-                problems.add(FORM, where, problem["msg"].removeprefix("Value error, ") + ".")
+                problems.add(FORM, where, _in_words(where, problem["type"], problem["msg"]))
             return None
         if form.name != folder.resolve().name:
             problems.add(
@@ -121,6 +125,27 @@ def read_form(folder: Path, problems: Problems) -> Submission | None:
             dataset_info(form.dataset)
             return form
     return None
+
+
+_PATTERNS = {
+    "name": "lower-case letters, figures and ._+- alone, at most 64",
+    "dataset": "lower-case letters, figures and ._+- alone, at most 64",
+    "data.repo": "OWNER/NAME",
+    "data.revision": "a commit, 40 figures from 0 to f",
+    "data.sha256": "64 figures from 0 to f",
+    "teacher.arch": "the name of an architecture",
+}
+
+
+def _in_words(where: str, kind: str, message: str) -> str:
+    """What pydantic says of a field, for people."""
+    if kind == "extra_forbidden":
+        return "there is no such field; remove it."
+    if kind == "missing":
+        return "missing; add it."
+    if kind == "string_pattern_mismatch":
+        return f"must be {_PATTERNS.get(where, 'written otherwise')}."
+    return message.removeprefix("Value error, ") + "."
 
 
 def protocols_for(form: Submission) -> list[Protocol]:

@@ -59,7 +59,7 @@ def require_public(url: str) -> None:
             f"{url}: its host cannot be found ({error.strerror or error})."
         ) from error
     for *_, address in found:
-        if not ipaddress.ip_address(address[0].partition("%")[0]).is_global:
+        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
             raise GuardbenchError(
                 f"{url}: is no public address; put the file where all can get it."
             )

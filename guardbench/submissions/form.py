@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,16 +16,22 @@ from guardbench.records import HIDDEN, LabelKind, Name, Sha256, Strict, only_con
 FORM = "submission.toml"
 FORM_VERSION: Literal[1] = 1
 
-_TEXT = f"^[^{HIDDEN}<>]+$"
-Text = Annotated[str, Field(min_length=1, max_length=200, pattern=_TEXT)]
-"""One line without control characters and without what could begin an HTML tag."""
 
-Link = Annotated[
-    str,
-    Field(
-        max_length=300, pattern=r"^https://[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?(/[!#-;=?-Z_a-z~]*)?$"
-    ),
-]
+def _line(text: str) -> str:
+    if not re.fullmatch(f"[^{HIDDEN}<>]+", text):
+        raise ValueError("must be one line without control characters, < and >")
+    return text
+
+
+def _address(text: str) -> str:
+    if not re.fullmatch(r"https://[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?(/[!#-;=?-Z_a-z~]*)?", text):
+        raise ValueError("must be an https:// address, without spaces, quotes or brackets")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_line)]
+"""One line without control characters and without what could begin an HTML tag."""
+Link = Annotated[str, Field(max_length=300), AfterValidator(_address)]
 """An https address without anything that could end an attribute or a line."""
 
 
@@ -125,7 +132,7 @@ class Submission(Strict):
     resolution: int = Field(gt=0, le=1024)
     ipc: int = Field(gt=0, le=10_000)
     labels: LabelKind
-    made: str = Field(min_length=20, max_length=2000, pattern=_TEXT)
+    made: Annotated[str, Field(min_length=20, max_length=2000), AfterValidator(_line)]
     extra_data: bool
     claimed_clean: float | None = Field(default=None, ge=0, le=100)
     data: Data

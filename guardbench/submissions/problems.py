@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 
 from guardbench.errors import GuardbenchError
 from guardbench.records import printable
@@ -47,13 +46,9 @@ class Problems:
         """
         self._found.setdefault((file, kind or field), []).append(Problem(file, field, message))
 
-    @contextmanager
-    def catching(self, file: str, field: str = "") -> Iterator[None]:
+    def catching(self, file: str, field: str = "") -> _Catching:
         """Inside, one line for a user becomes a problem of `file` instead of an end."""
-        try:
-            yield
-        except GuardbenchError as error:
-            self.add(file, field, str(error).removeprefix(f"{file}: "))
+        return _Catching(self, file, field)
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -68,3 +63,21 @@ class Problems:
                 more = len(alike) - MOST_ALIKE
                 lines.append(Problem(file, kind, f"{more} more problems of this kind."))
         return lines
+
+
+class _Catching:
+    """See `Problems.catching`."""
+
+    def __init__(self, problems: Problems, file: str, field: str) -> None:
+        self.problems, self.file, self.field = problems, file, field
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, GuardbenchError):
+            return False
+        self.problems.add(self.file, self.field, str(error).removeprefix(f"{self.file}: "))
+        return True

@@ -15,7 +15,16 @@ ROOT = Path(guardbench.__file__).parent
 ROOMS = [
     ["errors", "canonical", "threat"],
     ["store", "progress", "figures"],
-    ["protocol", "methods", "migrations", "records", "record_files", "metrics", "registry"],
+    [
+        "protocol",
+        "methods",
+        "migrations",
+        "records",
+        "record_files",
+        "metrics",
+        "ddranking",
+        "registry",
+    ],
     ["paired", "board", "tier"],
     ["published"],
     ["leaderboard", "compare", "report", "diagnosed"],
