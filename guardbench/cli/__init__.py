@@ -11,6 +11,7 @@ import guardbench
 from guardbench.cli import leaderboard, robustbench, submission
 from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
+from guardbench.cli.convert import convert
 from guardbench.cli.curve import curve
 from guardbench.cli.diagnose import diagnose
 from guardbench.cli.evaluate import evaluate
@@ -36,6 +37,7 @@ app.command()(diagnose)
 app.command()(attacks)
 app.command()(show)
 app.command()(compare)
+app.command()(convert)
 app.add_typer(leaderboard.app, name="leaderboard")
 app.add_typer(submission.app, name="submission")
 app.add_typer(robustbench.app, name="robustbench")

@@ -27,7 +27,7 @@ from guardbench.submissions.read import Content, read_content
 TEACHER_BYTES = 1 << 30
 SUM_TOLERANCE = 1e-3
 """How far a soft label may sum from 1: float16 labels of many classes are off by about this."""
-BESIDE = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
+BESIDE = ("preview.png", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 """Files that a submission may hold though nothing reads them."""
 
 

@@ -31,7 +31,7 @@ ROOMS = [
     ["filing"],
     ["runtime", "provenance"],
     ["data"],
-    ["ball", "models"],
+    ["ball", "models", "normalisation", "tensor_files"],
     ["distilled", "imported", "regularisers"],
     ["curvature"],
     ["distillers"],
