@@ -19,7 +19,7 @@ from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids, read_toml
 from guardbench.records import printable
 from guardbench.submissions.files import plain_file, safetensors_heads, walk
-from guardbench.submissions.form import FORM, Submission
+from guardbench.submissions.form import FILL_IN, FORM, Submission
 from guardbench.submissions.leaks import find_leaks
 from guardbench.submissions.problems import Problems
 from guardbench.submissions.read import Content, read_content
@@ -121,10 +121,17 @@ def read_form(folder: Path, problems: Problems) -> Submission | None:
             problems.add(
                 FORM, "name", f"{form.name!r} is not the folder's name; rename one of them."
             )
+        for field, text in form.model_dump().items():
+            if any(str(part).startswith(FILL_IN) for part in _list(text)):
+                problems.add(FORM, field, f"still says {FILL_IN}; say it.")
         with problems.catching(FORM, "dataset"):
             dataset_info(form.dataset)
             return form
     return None
+
+
+def _list(value: object) -> list[object]:
+    return [*value] if isinstance(value, list | tuple) else [value]
 
 
 _PATTERNS = {

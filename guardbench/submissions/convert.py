@@ -21,7 +21,7 @@ from guardbench.distilled import IMAGES, PREVIEW, save_preview
 from guardbench.errors import GuardbenchError
 from guardbench.records import HIDDEN, Name, printable
 from guardbench.store import check_writable, explained, write_bytes, write_text
-from guardbench.submissions.form import FORM, Data, Submission, form_text
+from guardbench.submissions.form import FILL_IN, FORM, Data, Submission, form_text
 from guardbench.submissions.labels import read_labels
 from guardbench.submissions.pixels import (
     LAYOUTS,
@@ -33,9 +33,6 @@ from guardbench.submissions.pixels import (
     to_unit,
 )
 from guardbench.submissions.sources import Source, read_source
-
-FILL_IN = "FILL IN"
-"""How the fields of a form begin that only the authors can fill."""
 
 _LARGE = ("tiny-imagenet", "imagenette", "imagenet")
 # What the authors' scripts subtract and divide by, per dataset of the catalogue.

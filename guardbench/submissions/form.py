@@ -15,6 +15,8 @@ from guardbench.records import HIDDEN, LabelKind, Name, Sha256, Strict, only_con
 
 FORM = "submission.toml"
 FORM_VERSION: Literal[1] = 1
+FILL_IN = "FILL IN"
+"""How the fields of a form begin that `guardbench convert` cannot know."""
 
 
 def _line(text: str) -> str:

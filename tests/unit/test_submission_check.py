@@ -224,6 +224,10 @@ BROKEN = {
         rewritten(colour='"red"'),
         "submission.toml: colour: there is no such field; remove it.",
     ),
+    "what convert left open": (
+        rewritten(licence='"FILL IN, such as CC-BY-4.0"'),
+        "submission.toml: licence: still says FILL IN; say it.",
+    ),
     "a name with capitals": (
         rewritten(name='"Mine"'),
         "submission.toml: name: must be lower-case letters, figures and ._+- alone, at most 64.",
