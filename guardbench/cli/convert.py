@@ -79,9 +79,9 @@ def convert(
     from rich.console import Console
 
     from guardbench.data.catalog import dataset_info
-    from guardbench.submissions.convert import FILL_IN, check_vacant, write_submission
+    from guardbench.submissions.convert import check_vacant, write_submission
     from guardbench.submissions.convert import convert as read
-    from guardbench.submissions.form import FORM
+    from guardbench.submissions.form import FILL_IN, FORM
 
     info = dataset_info(dataset)
     check_vacant(output)
