@@ -7,6 +7,7 @@ with references (`guardbench.references`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from statistics import fmean
 
 from guardbench.records import Reference, ResultRecord, Strict
@@ -55,6 +56,19 @@ def scores(record: ResultRecord, whole: float | None) -> Scores | None:
     return Scores(
         **{name: None if value is None else round(value, 6) for name, value in found.items()}
     )
+
+
+def whole_set(records: Iterable[ResultRecord]) -> float | None:
+    """Accuracy in [0, 1] of students of a whole training set with hard labels, if a record has it.
+
+    Args:
+        records: of one protocol; the first official one of the method `full` counts.
+    """
+    for record in records:
+        method = record.method
+        if method.distiller == "full" and method.official and record.artifact.label_kind == "hard":
+            return fmean(run.clean.correct / run.clean.total for run in record.seeds)
+    return None
 
 
 _CALLED: dict[Reference, str] = {

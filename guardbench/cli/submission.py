@@ -244,9 +244,9 @@ def score(
     from rich.console import Console
 
     from guardbench.cli.run import print_stages
-    from guardbench.leaderboard import threat_text
     from guardbench.pipeline import expected_seconds
     from guardbench.progress import Progress
+    from guardbench.ranking import threat_text
     from guardbench.report import print_record
     from guardbench.submissions.pack import opened
     from guardbench.submissions.score import Settings, execute_score, plan_score
