@@ -17,12 +17,13 @@ ROOMS = [
     ["store", "progress", "figures"],
     ["protocol", "methods", "migrations", "records", "record_files", "metrics", "registry"],
     ["paired", "board", "tier"],
-    ["published"],
+    ["published", "hub"],
     ["leaderboard", "compare", "report", "diagnosed"],
     ["runtime", "provenance"],
     ["data"],
     ["ball", "models"],
     ["distilled", "imported", "regularisers"],
+    ["hub_card", "hub_table", "hub_set"],
     ["curvature"],
     ["distillers"],
     ["views"],
@@ -90,8 +91,8 @@ def test_help_loads_no_torch() -> None:
     code = (
         "import sys\nfrom guardbench.cli import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'pydantic', 'numpy', 'datasets', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "heavy = {'torch', 'pydantic', 'numpy', 'datasets', 'matplotlib', 'huggingface_hub'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
