@@ -16,6 +16,8 @@ from guardbench.cli.curve import curve
 from guardbench.cli.diagnose import diagnose
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.methods import methods
+from guardbench.cli.pull import pull
+from guardbench.cli.push import push
 from guardbench.cli.run import run
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
@@ -38,6 +40,8 @@ app.command()(attacks)
 app.command()(show)
 app.command()(compare)
 app.command()(convert)
+app.command()(push)
+app.command()(pull)
 app.add_typer(leaderboard.app, name="leaderboard")
 app.add_typer(submission.app, name="submission")
 app.add_typer(robustbench.app, name="robustbench")
