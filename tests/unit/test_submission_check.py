@@ -405,6 +405,27 @@ def test_parquet_with_soft_labels(folder: Path) -> None:
     assert torch.equal(report.content.soft, torch.eye(10))
 
 
+@pytest.mark.parametrize("kept", ["both", "parquet alone"])
+def test_of_a_hub_dataset_the_exact_tensor_counts_before_the_pictures(
+    kept: str, folder: Path, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    fetched = tmp_path / "fetched"
+    (fetched / "guardbench").mkdir(parents=True)
+    (fetched / "data").mkdir()
+    parquet(folder, rows_of())
+    (folder / "images.parquet").rename(fetched / "data" / "train.parquet")
+    if kept == "both":
+        save_file(tensors, fetched / "guardbench" / "images.safetensors")
+        save_file({"weight": torch.zeros(3)}, fetched / "guardbench" / "teacher.safetensors")
+    words = {"kind": "hub", "repo": "someone/digits", "revision": "0" * 40}
+    (folder / FORM).write_text(form_text(form(data=words)))
+    report = check(folder, fetched=fetched, real=None, progress=Progress())
+    assert not report.problems
+    assert report.content is not None
+    exact = torch.equal(report.content.images, tensors["images"])
+    assert exact == (kept == "both")
+
+
 def test_parquet_that_is_wrong(folder: Path) -> None:
     parquet(folder, [{"picture": b"", "label": 0}])
     assert lines(folder) == ["images.parquet: has no column image; it has picture, label."]
