@@ -171,7 +171,11 @@ def _measured(record: ResultRecord) -> str:
     worst = worst_case(seeds)
     if worst is not None:
         rows.append(_row("worst case", worst.estimate))
-    flags = [f"- Flag: {text(flag)}" for flag in record.flags]
+    notes = [f"Flag: {text(flag)}.\n" for flag in record.flags]
+    notes.append(
+        "The interval is the wider of Student's t over students and Wilson's over images. In the worst case "
+        "an image counts when it survives every attack that is held in the ball.\n"
+    )
     tier = "" if record.tier == "official" else f" Tier {record.tier}: unofficial, on no board."
     return (
         "## Measured\n\n"
@@ -179,7 +183,7 @@ def _measured(record: ResultRecord) -> str:
         f"{_threat(record)}), {len(seeds)} student{'s' * (len(seeds) > 1)} trained on this set, in percent "
         f"of the test images.{tier}\n\n"
         + _table(["measurement", "mean", "95% interval", "per student", "images a student"], rows)
-        + ("\n" + "\n".join(flags) + "\n" if flags else "")
+        + "".join(f"\n{note}" for note in notes)
     )
 
 
@@ -246,8 +250,8 @@ def _scoring(manifest: Manifest, facts: Facts) -> str:
     )
     return f"""## Score it
 
-Name a commit of this repository in a guardbench submission, and `guardbench submission score` trains students
-on it and attacks them:{teacher}
+Name a commit of this repository in the `submission.toml` of a guardbench submission; `guardbench submission
+score` then trains students on the set and attacks them.{teacher}
 
 ```toml
 [data]

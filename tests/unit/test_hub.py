@@ -679,6 +679,7 @@ def test_the_card_has_the_numbers_of_its_own_record_only(sets, tmp_path: Path) -
     assert f"| clean | {sum(clean) / len(clean):.1f} |" in table
     assert f"| {each} |" in table
     assert all(name in table for name in (*record.attack_names, "worst case", record.protocol))
+    assert "square-beats-pgd" in table
     assert r"GUARD (é, \[bold\])" in text
     with pytest.raises(GuardbenchError, match="give the record of this set") as caught:
         write_push(Wish(sets["hard"], REPO, record=record), tmp_path / "other", QUIET)
