@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from guardbench import canonical
 from guardbench.data.catalog import dataset_info
 from guardbench.data.download import fetch
 from guardbench.data.files import cache_root
@@ -40,7 +41,9 @@ def fetch_data(form: Submission, cache_dir: Path | None, progress: Progress) -> 
     if data.repo is not None and data.revision is not None:
         from guardbench.hub import fetch_dataset
 
-        into = root / data.revision
+        into = root / canonical.digest([data.repo, data.revision])[:32]
+        if into.is_dir():  # it appears whole, and a commit never changes
+            return into
         return fetch_dataset(data.repo, data.revision, into, limit=limit, progress=progress)
     return None
 
