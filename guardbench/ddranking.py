@@ -40,17 +40,17 @@ def scores(record: ResultRecord, whole: float | None) -> Scores | None:
         _mean(record, way) for way in ("random", "plain", "random-plain")
     )
     hard = clean if record.artifact.label_kind == "hard" else _mean(record, "hard")
-    if random is None:
+    if not record.seeds[0].references:
         return None
-    ior = improvement_over_random(clean, random)
+    ior = None if random is None else improvement_over_random(clean, random)
     hlr = None if whole is None or hard is None else hard_label_recovery(whole, hard)
     ars = None
-    if plain is not None and plain_random is not None:
+    if ior is not None and plain is not None and plain_random is not None:
         ars = augmentation_robust_score(ior, plain - plain_random)
     found = {
         "ior": ior,
         "hlr": hlr,
-        "lrs": None if hlr is None else label_robust_score(ior, hlr),
+        "lrs": None if hlr is None or ior is None else label_robust_score(ior, hlr),
         "ars": ars,
     }
     return Scores(
@@ -88,9 +88,11 @@ def in_words(record: ResultRecord) -> str | None:
     beside = ", ".join(
         f"{name} {100 * mean:.1f}" for name, mean in means.items() if mean is not None
     )
+    if found.ior is None:
+        return f"Beside it, clean: {beside}."
     ars = "" if found.ars is None else f", ARS {found.ars:.3f}"
     return (
-        f"Beside it, clean: {beside}. DD-Ranking (arXiv:2505.13300): IOR {100 * (found.ior or 0):+.1f} "
+        f"Beside it, clean: {beside}. DD-Ranking (arXiv:2505.13300): IOR {100 * found.ior:+.1f} "
         f"points{ars}; LRS stands on the board where the whole training set is measured."
     )
 

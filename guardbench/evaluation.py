@@ -59,6 +59,7 @@ def plan_evaluation(
     artifact: str,
     images: int,
     kind: LabelKind,
+    train_digest: str | None,
     test_digest: str | None,
     engine: Engine = "guardbench",
     sample: int | None = None,
@@ -70,7 +71,8 @@ def plan_evaluation(
         artifact: key of what makes the dataset, so that all stages hang on it.
         images: how many the distilled dataset has.
         kind: of its labels.
-        test_digest: of the decoded validation images; None while they have not been decoded.
+        train_digest, test_digest: of the decoded training and validation images; None while they have
+            not been decoded.
         engine: whose AutoAttack and Square run.
         sample: images of the dev tier (`tier.sample_size`), None for the official one.
         references: whether to train the students that DD-Ranking's scores need.
@@ -93,7 +95,9 @@ def plan_evaluation(
         seeds.append(SeedPlan(training, scoring))
     compared: tuple[ReferencePlan, ...] = ()
     if references:
-        compared = plan_references(run, protocol, artifact=artifact, images=images, kind=kind)
+        compared = plan_references(
+            run, protocol, artifact=artifact, images=images, kind=kind, train_digest=train_digest
+        )
     return EvaluationPlan(labels, tuple(seeds), sample, compared)
 
 

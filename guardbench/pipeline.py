@@ -216,6 +216,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
             artifact=distilling[-1].folder.key,
             images=distiller.image_count(task),
             kind=distiller.label_kind(task),
+            train_digest=train_digest,
             test_digest=test_digest,
             engine=settings.engine,
             sample=sample,
@@ -232,11 +233,8 @@ def execute(plan: Plan) -> Finished:
     with explained(settings.output):
         train, test = (_load(plan, split) for split in ("train", "val"))
         measured_indices(protocol, test, plan.evaluating.sample)  # refused before the long part
-        if plan.checkout is not None and not train.complete:
-            raise GuardbenchError(
-                f"--publish: {len(train)} training images of {train.name} are here and the official "
-                f"split has {dataset_info(train.name).train_count}; publish with all of them."
-            )
+        if plan.checkout is not None:
+            require_complete(train)
         if not plan.decoded:  # the stages' keys hold the images' digests, known only now
             plan = make_plan(settings, run.progress)
         done = [stage.folder.finished() is not None for stage in plan.distilling]
@@ -272,6 +270,21 @@ def execute(plan: Plan) -> Finished:
             **file_record(record, plan.place, warnings.append),
         }
     return Finished(record, paths, tuple(warnings))
+
+
+def require_complete(split: RealDataset) -> None:
+    """Refuses to publish what was made or measured with a part of the official split.
+
+    Raises:
+        GuardbenchError: images are missing.
+    """
+    if not split.complete:
+        what = "training" if split.split == "train" else "validation"
+        official = dataset_info(split.name).count("train" if split.split == "train" else "val")
+        raise GuardbenchError(
+            f"--publish: {len(split)} {what} images of {split.name} are here and the official split has "
+            f"{official}; publish with all of them."
+        )
 
 
 def networks(distilling: Sequence[PlannedStage], evaluating: EvaluationPlan) -> dict[str, Path]:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from guardbench import canonical
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
 from guardbench.records import Name, Strict
 from guardbench.store import read_text
 from guardbench.threat import Norm, ThreatModel
@@ -266,8 +266,8 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
     """Reads a TOML file of at most 1 MiB; the error names the file and the line."""
     try:
         return tomllib.loads(read_text(path, what=what, limit=1 << 20))
-    except tomllib.TOMLDecodeError as error:
-        raise GuardbenchError(f"{path}: {what} is not valid TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:  # deep nesting, and figures beyond what int takes
+        raise GuardbenchError(f"{path}: {what} is not valid TOML: {brief(error)}.") from error
 
 
 def toml_value(text: str) -> Any:

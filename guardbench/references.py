@@ -49,22 +49,40 @@ class ReferencePlan:
 
 
 def plan_references(
-    run: Run, protocol: Protocol, *, artifact: str, images: int, kind: LabelKind
+    run: Run,
+    protocol: Protocol,
+    *,
+    artifact: str,
+    images: int,
+    kind: LabelKind,
+    train_digest: str | None,
 ) -> tuple[ReferencePlan, ...]:
     """Plans the students that a distilled set is compared with; needs no images.
 
     Args:
         artifact: key of what makes the dataset.
         images: how many it has.
-        kind: of its labels; hard ones need no `hard` reference, since that is the student itself.
+        kind: of its labels. Hard ones need no `hard` reference, since that is the student itself. Soft
+            ones belong to their images, so that no random subset can be trained in their way.
+        train_digest: of the decoded training images; None while they have not been decoded.
+
+    Returns:
+        Without the ways that would be others' copies, as those without augmentation are under a protocol
+        that has none.
     """
+    plain = _without_augmentation(protocol.student)
+    # The random subset of a hard-labelled set is that of every other one of its size.
+    like = artifact if kind == "teacher" else "hard"
+    subset = canonical.digest(["random", train_digest, images, like])
+    subjects = {"random": subset, "random-plain": subset, "plain": artifact}
     plans = []
     for way in get_args(Reference):
-        if way == "hard" and kind == "hard":
+        if (way == "hard" and kind == "hard") or ("random" in way and kind == "soft"):
             continue
-        student = _without_augmentation(protocol.student) if "plain" in way else protocol.student
-        changed = "random" if way.startswith("random") else way if way == "hard" else None
-        subject = canonical.digest([artifact, changed]) if changed else artifact
+        if "plain" in way and plain == protocol.student:
+            continue
+        student = plain if "plain" in way else protocol.student
+        subject = subjects.get(way) or canonical.digest([artifact, way])
         labels = None
         if kind == "teacher" and way != "hard":
             labels = plan_relabel(run, subject, student, images, f"reference {way} labels")
@@ -120,8 +138,7 @@ def _images_of(
 ) -> DistilledDataset:
     """The set that the students of a way learn from.
 
-    A random subset takes the place of the images and keeps the teacher. Soft labels belong to images,
-    so that a random subset without a teacher has hard ones.
+    A random subset takes the place of the images and keeps the teacher.
     """
     if way.startswith("random"):
         chosen = random_subset(run, train, distilled.hard)

@@ -67,5 +67,7 @@ def main() -> None:
     try:
         app()
     except GuardbenchError as error:
-        typer.echo(f"error: {error}", err=True)
+        from guardbench.records import printable
+
+        typer.echo(f"error: {printable(str(error), 4000)}", err=True)
         sys.exit(2)

@@ -13,7 +13,9 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from guardbench.data.catalog import Archive, DatasetInfo
 from guardbench.data.files import cache_writes, locked, require_space
@@ -67,6 +69,7 @@ def fetch(
     limit: int,
     progress: Progress,
     timeout: float = TIMEOUT_S,
+    allowed: Callable[[str], None] | None = None,
 ) -> None:
     """Downloads `url` to `target`, by way of `target`.part, which a later call continues.
 
@@ -82,6 +85,7 @@ def fetch(
         limit: bytes beyond which it cannot be the file, so that no server fills the disk.
         progress: where the stage is shown.
         timeout: seconds to wait for a connection, and for each read.
+        allowed: asked about `url` and every address that it leads to; raises to refuse one.
 
     Raises:
         GuardbenchError: unreachable, refused, a web page instead of a file, cut off too often, or
@@ -89,13 +93,14 @@ def fetch(
     """
     if not url.startswith(("https://", "http://")):
         raise GuardbenchError(f"{url}: only http and https addresses can be fetched.")
+    opener = urllib.request.build_opener(_Redirects(allowed))
     if target.is_file() and _digest(target, hexdigest) == hexdigest:
         return
     part = target.with_name(f"{target.name}.part")
     with cache_writes(part):
         part.parent.mkdir(parents=True, exist_ok=True)
     stalls, furthest = 0, _size(part)
-    while not _continue(url, part, limit, progress, timeout):
+    while not _continue(opener, url, part, limit, progress, timeout):
         time.sleep(PAUSE_S)
         arrived = _size(part)
         stalls = 0 if arrived > furthest else stalls + 1
@@ -120,6 +125,25 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only from https to https, and only where its caller allows it."""
+
+    def __init__(self, allowed: Callable[[str], None] | None) -> None:
+        self.allowed = allowed
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """See the base class."""
+        if req.full_url.startswith("https://") and not newurl.startswith("https://"):
+            raise GuardbenchError(
+                f"{req.full_url}: leads to an address without https; not followed."
+            )
+        if self.allowed is not None:
+            self.allowed(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _kind(hexdigest: str) -> str:
     return "MD5" if len(hexdigest) == 32 else "SHA-256"
 
@@ -133,7 +157,14 @@ def _digest(path: Path, like: str) -> str:
     return sha.hexdigest()
 
 
-def _continue(url: str, part: Path, limit: int, progress: Progress, timeout: float) -> bool:
+def _continue(
+    opener: urllib.request.OpenerDirector,
+    url: str,
+    part: Path,
+    limit: int,
+    progress: Progress,
+    timeout: float,
+) -> bool:
     """One request for what `part` still lacks; gives whether the file is now whole."""
     have = _size(part)
     headers = {"User-Agent": "guardbench", "Accept-Encoding": "identity"}
@@ -141,7 +172,7 @@ def _continue(url: str, part: Path, limit: int, progress: Progress, timeout: flo
         headers["Range"] = f"bytes={have}-"
     try:
         request = urllib.request.Request(url, headers=headers)
-        response = urllib.request.urlopen(request, timeout=timeout)
+        response = opener.open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:
             # Nothing lies after the bytes we have: they are all, or they are of another file.
@@ -155,8 +186,6 @@ def _continue(url: str, part: Path, limit: int, progress: Progress, timeout: flo
         kept = f"; {have} bytes of it are kept, and the next try continues there" if have else ""
         raise GuardbenchError(f"{url} cannot be reached ({reason}){kept}.") from error
     with response:
-        if url.startswith("https://") and not response.geturl().startswith("https://"):
-            raise GuardbenchError(f"{url}: leads to an address without https; not followed.")
         try:
             return _receive(response, url, part, limit, progress)
         except (OSError, http.client.HTTPException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from guardbench import canonical
 from guardbench.data.catalog import DatasetInfo, dataset_info
 from guardbench.data.dataset import RealDataset
 from guardbench.errors import GuardbenchError
+from guardbench.methods import method_names
 from guardbench.models import ARCHITECTURES, Classifier, build_model, load_weights
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids, read_toml
+from guardbench.record_files import FILE_LIMIT, load_record
 from guardbench.records import printable
 from guardbench.submissions.files import plain_file, safetensors_heads, walk
 from guardbench.submissions.form import FILL_IN, FORM, Submission
@@ -29,6 +33,7 @@ SUM_TOLERANCE = 1e-3
 """How far a soft label may sum from 1: float16 labels of many classes are off by about this."""
 BESIDE = ("preview.png", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 """Files that a submission may hold though nothing reads them."""
+_RESULT = re.compile(r"(results|assessments)/[a-z0-9][a-z0-9._+-]*/[a-z0-9][a-z0-9._+-]*\.json")
 
 
 @dataclass
@@ -58,6 +63,7 @@ class Report:
             "facts": self.facts,
             "notes": self.notes,
             "problems": [asdict(problem) for problem in self.problems.listed],
+            "problem_count": self.problems.count,
         }
 
 
@@ -67,6 +73,7 @@ def check(
     fetched: Path | None,
     real: tuple[RealDataset, RealDataset] | None,
     progress: Progress,
+    own_protocol: bool = False,
 ) -> Report:
     """Checks the submission in `folder`.
 
@@ -75,6 +82,7 @@ def check(
         real: the training and the validation split at the submission's resolution; None leaves out
             the search for copies, which is then noted.
         progress: where the search is shown.
+        own_protocol: the setting is measured by a protocol of the user's own, if by no published one.
     """
     problems = Problems()
     report = Report(*_read(folder, fetched, problems), problems)
@@ -82,16 +90,18 @@ def check(
     if form is None:
         return report
     info = dataset_info(form.dataset)
-    _check_setting(form, problems)
+    if not own_protocol:
+        _check_setting(form, problems)
     _check_strays(folder, form, problems)
     if content is None:
         return report
     sound = _check_images(form, info, content, problems)
     _check_soft(form, info, content, problems)
+    _check_results(folder, recipe_of(form, content), problems)
     _state(report, form, content, folder)
     if not sound:
         return report
-    _check_duplicates(content, problems, report.notes)
+    _check_duplicates(content, problems)
     if report.teacher is not None:
         _try_teacher(report.teacher, form, content, report)
     if real is None:
@@ -117,6 +127,8 @@ def read_form(folder: Path, problems: Problems) -> Submission | None:
                 where = ".".join(str(part) for part in problem["loc"])
                 problems.add(FORM, where, _in_words(where, problem["type"], problem["msg"]))
             return None
+        if form.name in method_names():
+            problems.add(FORM, "name", f"{form.name!r} is a method's own name; take another.")
         if form.name != folder.resolve().name:
             problems.add(
                 FORM, "name", f"{form.name!r} is not the folder's name; rename one of them."
@@ -155,6 +167,11 @@ def _in_words(where: str, kind: str, message: str) -> str:
     return message.removeprefix("Value error, ") + "."
 
 
+def recipe_of(form: Submission, content: Content) -> str:
+    """Digest of all that a submission is, which its record holds as that of its recipe."""
+    return canonical.digest({"form": form.sha256, "files": content.files})
+
+
 def protocols_for(form: Submission) -> list[Protocol]:
     """The published protocols that measure a submission's dataset, resolution and IPC."""
     known = [load_protocol(name) for name in protocol_ids()]
@@ -174,6 +191,8 @@ def _read(
     if form is None:
         return None, None, None
     info = dataset_info(form.dataset)
+    if form.data.kind in ("hub", "url") and fetched is None:
+        return form, None, None  # that it could not be fetched, its caller says
     content = read_content(folder, form, info, fetched, problems)
     teacher = None if form.teacher is None else _read_teacher(folder, form, info, problems)
     return form, content, teacher
@@ -203,25 +222,40 @@ def _check_strays(folder: Path, form: Submission, problems: Problems) -> None:
     with problems.catching(folder.name):
         for name in walk(folder):
             belongs = any(name == path or name.startswith(f"{path}/") for path in named if path)
-            if not (belongs or name == FORM or name in BESIDE or name.startswith("results/")):
+            if not (belongs or name == FORM or name in BESIDE or _RESULT.fullmatch(name)):
                 problems.add(
                     name, "", "nothing in the form names this file; remove it.", kind="stray"
                 )
+
+
+def _check_results(folder: Path, recipe: str, problems: Problems) -> None:
+    """Records beside a submission must be of this very one."""
+    with problems.catching(folder.name):
+        for name in walk(folder):
+            if not _RESULT.fullmatch(name):
+                continue
+            with problems.catching(name):
+                record = load_record(plain_file(folder, name, most=FILE_LIMIT))
+                if record.method.recipe_sha256 != recipe:
+                    raise GuardbenchError(
+                        "method.recipe_sha256: the form or a file has changed since; score it again."
+                    )
 
 
 def _check_images(
     form: Submission, info: DatasetInfo, content: Content, problems: Problems
 ) -> bool:
     """Whether images and labels are what they must be."""
-    before = len(problems.listed)
+    before = problems.count
     images, labels = content.images, content.labels
     shape = (info.channels, form.resolution, form.resolution)
-    if tuple(images.shape[1:]) != shape:
+    if tuple(images.shape[1:]) != shape or not len(images):
         problems.add(
             FORM,
             "resolution",
-            f"images are {[*images.shape[1:]]}, it must be {[*shape]} [C, H, W].",
+            f"images are {[*images.shape]}, must be [N, {', '.join(map(str, shape))}].",
         )
+        return False
     finite = images.flatten(1).isfinite().all(1)
     for row in (~finite).nonzero().flatten().tolist():
         problems.add(content.names[row], "", "holds NaN or infinity; mend it.", kind="finite")
@@ -240,6 +274,7 @@ def _check_images(
             content.names[row],
             "label",
             f"{int(labels[row])} is no class of {info.name}, which has 0 to {info.num_classes - 1}.",
+            kind="label",
         )
     counts = Counter(labels[~strange].tolist())
     names = info.names or info.classes
@@ -251,12 +286,14 @@ def _check_images(
                 "ipc",
                 f"class {label}{called} has {counts[label]} images, IPC {form.ipc} means {form.ipc}.",
             )
-    return len(problems.listed) == before
+    return problems.count == before
 
 
 def _check_soft(form: Submission, info: DatasetInfo, content: Content, problems: Problems) -> None:
     soft = content.soft
     if soft is None:
+        if form.labels == "soft":
+            problems.add(FORM, "labels", "soft, and there are no soft labels; add a [soft] table.")
         return
     where = form.soft.path if form.soft is not None else form.data.path or FORM
     if soft.shape != (len(content.images), info.num_classes):
@@ -279,26 +316,19 @@ def _check_soft(form: Submission, info: DatasetInfo, content: Content, problems:
         )
 
 
-def _check_duplicates(content: Content, problems: Problems, notes: list[str]) -> None:
+def _check_duplicates(content: Content, problems: Problems) -> None:
     bytes_ = content.images.mul(255).round().to(torch.uint8).flatten(1).numpy()
     first: dict[bytes, int] = {}
     for row, image in enumerate(bytes_):
         earlier = first.setdefault(image.tobytes(), row)
         if earlier == row:
             continue
-        same = int(content.labels[earlier]) == int(content.labels[row])
-        if same:
-            problems.add(
-                content.names[row],
-                "",
-                f"is the same image as {content.names[earlier]}; give {len(first)} different ones.",
-                kind="duplicate",
-            )
-        else:
-            notes.append(
-                f"{printable(content.names[row])} and {printable(content.names[earlier])} are one "
-                "image with two labels."
-            )
+        problems.add(
+            content.names[row],
+            "",
+            f"is the same image as {content.names[earlier]}; every one must be its own.",
+            kind="duplicate",
+        )
 
 
 def _read_teacher(
@@ -379,6 +409,10 @@ def _quartiles(distance: Tensor) -> str:
 def _state(report: Report, form: Submission, content: Content, folder: Path) -> None:
     report.facts["images"] = f"{len(content.images)}, {[*content.images.shape[1:]]}"
     report.facts["image bytes"] = f"{content.images.numel()} at 8 bits a value"
+    stored = sum(
+        (folder / name).stat().st_size for name in content.files if (folder / name).is_file()
+    )
+    report.facts["stored"] = f"{stored} bytes in {len(content.files)} files"
     labels = content.labels.numel()
     if content.soft is not None:
         labels = content.soft.numel() * 4

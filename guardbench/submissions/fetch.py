@@ -11,7 +11,7 @@ from guardbench import canonical
 from guardbench.data.catalog import dataset_info
 from guardbench.data.download import fetch
 from guardbench.data.files import cache_root
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
 from guardbench.progress import Progress
 from guardbench.submissions.form import Submission
 from guardbench.submissions.read import most_of
@@ -36,7 +36,14 @@ def fetch_data(form: Submission, cache_dir: Path | None, progress: Progress) -> 
         require_public(data.url)
         folder = root / data.sha256[:32]
         target = folder / f"data.{data.url.rpartition('.')[2]}"
-        fetch(data.url, target, hexdigest=data.sha256, limit=limit, progress=progress)
+        fetch(
+            data.url,
+            target,
+            hexdigest=data.sha256,
+            limit=limit,
+            progress=progress,
+            allowed=require_public,
+        )
         return folder
     if data.repo is not None and data.revision is not None:
         from guardbench.hub import fetch_dataset
@@ -54,13 +61,11 @@ def require_public(url: str) -> None:
     Raises:
         GuardbenchError: such an address, or a host that cannot be found.
     """
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         found = socket.getaddrinfo(parts.hostname or "", parts.port or 443, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise GuardbenchError(
-            f"{url}: its host cannot be found ({error.strerror or error})."
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a port or a name that cannot be
+        raise GuardbenchError(f"{url}: its host cannot be found ({brief(error)}).") from error
     for *_, address in found:
         if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
             raise GuardbenchError(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import printable
+from guardbench.records import HIDDEN, printable
 
 MOST_BYTES = 8 << 30
 """Of one file of a submission."""
@@ -33,8 +35,20 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN_CHUNKS = frozenset(
     b"IHDR IDAT IEND gAMA cHRM sRGB iCCP sBIT bKGD pHYs tIME tEXt zTXt iTXt eXIf".split()
 )
-_SIDE_BYTES = 1 << 16
+_SIDE_BYTES = 1 << 13
 """Of everything in a PNG that is no pixel."""
+
+
+def require_plain_name(name: str) -> None:
+    """Refuses a file's name that could move a terminal, begin a tag, or not be written down.
+
+    Raises:
+        GuardbenchError: control or bidirectional characters, `<`, `>`, or bytes that are no UTF-8.
+    """
+    if re.search(f"[{HIDDEN}<>\ud800-\udfff]", name) or len(name) > 255:
+        raise GuardbenchError(
+            f"{printable(name)}: is no plain name; rename it to letters and figures."
+        )
 
 
 def inside(folder: Path, relative: str) -> Path:
@@ -46,6 +60,8 @@ def inside(folder: Path, relative: str) -> Path:
     """
     shown = printable(relative)
     parts = relative.split("/")
+    for part in parts:
+        require_plain_name(part)
     if any(part in ("", ".", "..") for part in parts) or "\\" in relative or "\0" in relative:
         raise GuardbenchError(f"{shown}: must be a path below the submission's folder.")
     path = folder
@@ -84,12 +100,11 @@ def walk(folder: Path, relative: str = "", *, most: int = MOST_ENTRIES) -> Itera
     waiting, seen = [relative], 0
     while waiting:
         here = waiting.pop()
-        with os.scandir(folder / here) as found:
-            entries = []
+        where, entries = printable(here or folder.name), []
+        with readable(where), os.scandir(folder / here) as found:
             for entry in found:
                 seen += 1
                 if seen > most:
-                    where = printable(here or folder.name)
                     raise GuardbenchError(
                         f"{where}: more than {most} files; remove what is not needed."
                     )
@@ -104,6 +119,15 @@ def walk(folder: Path, relative: str = "", *, most: int = MOST_ENTRIES) -> Itera
                 yield path
 
 
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Inside, the system's refusal to read becomes one line about `where`."""
+    try:
+        yield
+    except OSError as error:
+        raise GuardbenchError(f"{where}: cannot be read ({error.strerror or error}).") from error
+
+
 def read_png(data: bytes, *, side: int, channels: int, where: str) -> npt.NDArray[np.uint8]:
     """The pixels [C, H, W] of a PNG file's bytes.
 
@@ -116,7 +140,7 @@ def read_png(data: bytes, *, side: int, channels: int, where: str) -> npt.NDArra
         GuardbenchError: not a plain PNG of that shape: another format, 16 bits, a palette or alpha,
             an animation, bytes behind its end, text that is too long, or broken.
     """
-    width, height, depth, colour = _png_head(data, where)
+    (width, height, depth, colour, _, _, interlaced), packed = _png_parts(data, where)
     if (width, height) != (side, side):
         raise GuardbenchError(f"{where}: is {width} x {height}, resolution says {side}; resize it.")
     wanted = {1: 0, 3: 2}[channels]
@@ -126,10 +150,15 @@ def read_png(data: bytes, *, side: int, channels: int, where: str) -> npt.NDArra
             f"{where}: is {kind.get(colour, colour)} with {depth} bits; save it as 8-bit "
             f"{kind[wanted]}, or send safetensors."
         )
+    if interlaced:
+        raise GuardbenchError(f"{where}: is interlaced; save it without.")
+    _require_exact(packed, side * (side * channels + 1), where)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             pixels = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+    # Broad on purpose: Pillow's readers of damaged chunks raise IndexError, KeyError and more, no list of
+    # them is complete, and each means the same to the user.
+    except Exception as error:
         raise GuardbenchError(
             f"{where}: cannot be decoded ({brief(error)}); save it anew."
         ) from error
@@ -138,12 +167,27 @@ def read_png(data: bytes, *, side: int, channels: int, where: str) -> npt.NDArra
     return pixels.reshape(side, side, channels).transpose(2, 0, 1)
 
 
-def _png_head(data: bytes, where: str) -> tuple[int, int, int, int]:
-    """Width, height, bits and colour type of a PNG whose chunks are all plain ones."""
+def _require_exact(packed: list[bytes], size: int, where: str) -> None:
+    """Refuses compressed pixels that become more or less than `size` bytes, or have something behind."""
+    inflate, found = zlib.decompressobj(), 0
+    try:
+        for piece in packed:
+            found += len(inflate.decompress(piece, size + 1 - found))
+            if found > size or inflate.unconsumed_tail:
+                break
+    except zlib.error as error:
+        raise GuardbenchError(f"{where}: cannot be decoded ({error}); save it anew.") from error
+    if found != size or inflate.unused_data or inflate.unconsumed_tail or not inflate.eof:
+        raise GuardbenchError(f"{where}: holds more or less than its pixels; save it anew.")
+
+
+def _png_parts(data: bytes, where: str) -> tuple[tuple[int, ...], list[bytes]]:
+    """The header's seven numbers of a PNG whose chunks are all plain ones, and its compressed pixels."""
     if not data.startswith(_PNG):
         raise GuardbenchError(f"{where}: is not a PNG; `guardbench convert` reads other formats.")
     at, first, beside = len(_PNG), True, 0
-    head: tuple[int, int, int, int] | None = None
+    head: tuple[int, ...] | None = None
+    packed: list[bytes] = []
     while at + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
         at += 12 + length
@@ -156,7 +200,9 @@ def _png_head(data: bytes, where: str) -> tuple[int, int, int, int]:
         if first != (name == b"IHDR") or (first and length != 13):
             break
         if first:
-            head = struct.unpack_from(">IIBB", data, len(_PNG) + 8)
+            head = struct.unpack_from(">IIBBBBB", data, len(_PNG) + 8)
+        if name == b"IDAT" and length:
+            packed.append(data[at - 4 - length : at - 4])
         first = False
         beside += 0 if name in (b"IHDR", b"IDAT", b"IEND") else length
         if beside > _SIDE_BYTES:
@@ -169,7 +215,7 @@ def _png_head(data: bytes, where: str) -> tuple[int, int, int, int]:
                     f"{where}: {len(data) - at} bytes follow the image's end; save it anew."
                 )
             if head is not None:
-                return head
+                return head, packed
     raise GuardbenchError(f"{where}: is cut off or no whole PNG; save it anew.")
 
 
@@ -194,7 +240,7 @@ def safetensors_heads(path: Path, where: str) -> dict[str, TensorHead]:
         GuardbenchError: the header is no such header, too long, or does not fit the file's size.
     """
     size = path.stat().st_size
-    with path.open("rb") as stream:
+    with readable(where), path.open("rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little") if len(start) == 8 else -1
         if not 2 <= length <= min(HEADER_BYTES, size - 8):
@@ -232,7 +278,7 @@ def safetensors_heads(path: Path, where: str) -> dict[str, TensorHead]:
 def _product(shape: tuple[int, ...]) -> int:
     product = 1
     for extent in shape:
-        if extent < 0:
-            raise ValueError(f"an extent of {extent}")
+        if not 0 <= extent < 1 << 40 or product > 1 << 50:
+            raise ValueError("an extent that cannot be")
         product *= extent
     return product

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import printable
+from guardbench.records import NAME, printable
 from guardbench.store import atomic_path, explained
-from guardbench.submissions.files import MOST_BYTES, MOST_ENTRIES, walk
+from guardbench.submissions.files import MOST_BYTES, MOST_ENTRIES, require_plain_name, walk
 from guardbench.submissions.form import FORM, load_form
 
 RATIO = 200
@@ -33,13 +36,14 @@ def pack(folder: Path, target: Path) -> int:
     name = load_form(folder).name
     with (
         atomic_path(target) as part,
-        zipfile.ZipFile(part, "w", compression=zipfile.ZIP_DEFLATED, compresslevel=6) as packed,
+        zipfile.ZipFile(part, "w") as packed,
     ):
         for path in sorted(walk(folder)):
             if path.startswith("results/"):
                 continue
             entry = zipfile.ZipInfo(f"{name}/{path}", _EPOCH)
-            entry.compress_type = zipfile.ZIP_DEFLATED
+            # Stored as they are, for PNGs and weights hardly shrink: so no library's version shows.
+            entry.compress_type, entry.create_system = zipfile.ZIP_STORED, 3
             entry.external_attr = 0o100644 << 16
             entry.file_size = (folder / path).stat().st_size
             with (folder / path).open("rb") as source, packed.open(entry, "w") as stream:
@@ -69,6 +73,7 @@ def unpack(packed: Path, parent: Path) -> Path:
     """
     where = printable(packed.name)
     try:
+        _check_directory(packed, where)
         with zipfile.ZipFile(packed) as archive:
             entries = archive.infolist()
             name = _checked(entries, packed.stat().st_size, where)
@@ -85,10 +90,24 @@ def unpack(packed: Path, parent: Path) -> Path:
                             _extract(archive, entry, Path(beside), where)
                     (Path(beside) / name).replace(target)
             return target
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        raise GuardbenchError(f"{where}: is no packed submission ({brief(error)}).") from error
-    except zipfile.LargeZipFile as error:
-        raise GuardbenchError(f"{where}: is too large.") from error
+    except (
+        zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, NotImplementedError, RuntimeError,
+        EOFError, ValueError, struct.error,
+    ) as error:  # fmt: skip
+        shown = printable(brief(error))
+        raise GuardbenchError(f"{where}: is no packed submission ({shown}).") from error
+
+
+def _check_directory(packed: Path, where: str) -> None:
+    """Refuses an archive whose directory alone is longer than that of `MOST_ENTRIES` plain files."""
+    with packed.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(max(size - 66_000, 0))
+        tail = stream.read()
+    at = tail.rfind(b"PK\x05\x06")
+    length = struct.unpack_from("<I", tail, at + 12)[0] if 0 <= at <= len(tail) - 16 else 0
+    if length > 200 * MOST_ENTRIES:
+        raise GuardbenchError(f"{where}: its directory has {length} bytes; not unpacked.")
 
 
 def _checked(entries: list[zipfile.ZipInfo], size: int, where: str) -> str:
@@ -109,15 +128,22 @@ def _checked(entries: list[zipfile.ZipInfo], size: int, where: str) -> str:
         kind = stat.S_IFMT(entry.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise GuardbenchError(f"{shown}: is a link or a special file; not unpacked.")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise GuardbenchError(f"{shown}: is compressed in an unusual way; not unpacked.")
         if entry.flag_bits & 0x1:
             raise GuardbenchError(f"{shown}: is encrypted; not unpacked.")
         if entry.filename in seen:
             raise GuardbenchError(f"{shown}: stands twice; not unpacked.")
+        for part in raw:
+            require_plain_name(part)
         seen.add(entry.filename)
         tops.add(parts[0])
     if len(tops) != 1 or f"{next(iter(tops))}/{FORM}" not in seen:
         raise GuardbenchError(f"{where}: must hold one folder with a {FORM}.")
-    return str(next(iter(tops)))
+    name = str(next(iter(tops)))
+    if not re.fullmatch(NAME, name):
+        raise GuardbenchError(f"{where}: {printable(name)}: is no name of a submission.")
+    return name
 
 
 def _extract(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, into: Path, where: str) -> None:

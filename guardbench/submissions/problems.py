@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -35,20 +36,25 @@ class Problems:
     """Collects problems; many alike become a few and a count."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str], list[Problem]] = {}
+        self._found: dict[object, list[Problem]] = {}
+        self._counts: Counter[object] = Counter()
 
     def add(self, file: str, field: str, message: str, *, kind: str | None = None) -> None:
         """Notes a problem.
 
         Args:
             file, field, message: see `Problem`.
-            kind: problems of one file and one kind are counted together; the field unless told.
+            kind: problems of one kind are counted together, in whatever file; those of one field of one
+                file unless told.
         """
-        self._found.setdefault((file, kind or field), []).append(Problem(file, field, message))
+        alike = self._found.setdefault(kind or (file, field), [])
+        self._counts[kind or (file, field)] += 1
+        if len(alike) < MOST_ALIKE:
+            alike.append(Problem(file, field, message))
 
-    def catching(self, file: str, field: str = "") -> _Catching:
-        """Inside, one line for a user becomes a problem of `file` instead of an end."""
-        return _Catching(self, file, field)
+    def catching(self, file: str, field: str = "", *, kind: str | None = None) -> _Catching:
+        """Inside, one line for a user becomes a problem of `file` instead of an end; see `add`."""
+        return _Catching(self, file, field, kind)
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -57,19 +63,24 @@ class Problems:
     def listed(self) -> list[Problem]:
         """All of them in the order found, of those alike `MOST_ALIKE` and a line with the count."""
         lines: list[Problem] = []
-        for (file, kind), alike in self._found.items():
-            lines += alike[:MOST_ALIKE]
-            if len(alike) > MOST_ALIKE:
-                more = len(alike) - MOST_ALIKE
-                lines.append(Problem(file, kind, f"{more} more problems of this kind."))
+        for kind, alike in self._found.items():
+            lines += alike
+            more = self._counts[kind] - len(alike)
+            if more:
+                lines.append(Problem("...", "", f"{more} more problems like the last one."))
         return lines
+
+    @property
+    def count(self) -> int:
+        """How many there are, those that are not listed one by one included."""
+        return sum(self._counts.values())
 
 
 class _Catching:
     """See `Problems.catching`."""
 
-    def __init__(self, problems: Problems, file: str, field: str) -> None:
-        self.problems, self.file, self.field = problems, file, field
+    def __init__(self, problems: Problems, file: str, field: str, kind: str | None) -> None:
+        self.problems, self.file, self.field, self.kind = problems, file, field, kind
 
     def __enter__(self) -> None:
         return None
@@ -79,5 +90,6 @@ class _Catching:
     ) -> bool:
         if not isinstance(error, GuardbenchError):
             return False
-        self.problems.add(self.file, self.field, str(error).removeprefix(f"{self.file}: "))
+        message = str(error).removeprefix(f"{self.file}: ")
+        self.problems.add(self.file, self.field, message, kind=self.kind)
         return True

@@ -6,6 +6,8 @@ here, only what stands between bytes and tensors.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +29,17 @@ from guardbench.submissions.files import (
     inside,
     plain_file,
     read_png,
+    readable,
     safetensors_heads,
     walk,
 )
 from guardbench.submissions.form import FORM, Submission
+from guardbench.submissions.parquet import parquet_rows, parse_row
 from guardbench.submissions.problems import Problems
 
 IMAGE_TYPES = ("F32", "F16", "U8")
 LABEL_TYPES = ("I64", "I32", "I16", "U8")
 SOFT_TYPES = ("F32", "F16")
-_LONGEST_ROW = 1 << 20
-"""Bytes of one row of a parquet file beside its image."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,31 @@ def read_content(
     """
     data = form.data
     if data.kind == "folder":
-        assert data.path is not None, "the form says so"
-        return _from_folder(folder, data.path, form, info, problems)
+        content = _from_folder(folder, data.path or "", form, info, problems)
+    else:
+        content = _from_files(folder, form, info, fetched, problems)
+    if content is not None and form.soft is not None:
+        content = _with_soft(folder, form.soft.path, info, content, problems)
+    if content is not None and form.teacher is not None:
+        with problems.catching(form.teacher.path):
+            path = plain_file(folder, form.teacher.path)
+            with readable(form.teacher.path):
+                content.files[form.teacher.path] = canonical.file_digest(path)
+    return content
+
+
+def _from_files(
+    folder: Path, form: Submission, info: DatasetInfo, fetched: Path | None, problems: Problems
+) -> Content | None:
+    data = form.data
     root, names = (folder, [data.path or ""]) if fetched is None else (fetched, [*walk(fetched)])
     exact = [name for name in names if name.endswith(".safetensors")]
     if data.kind == "hub" and len(exact) > 1:
         exact = [name for name in exact if Path(name).name == "images.safetensors"]
     if data.kind == "safetensors" or (data.kind != "parquet" and exact):
-        content = _from_safetensors(root, (exact or names)[0], form, info, problems)
-    else:
-        rows = [name for name in names if name.endswith(".parquet") or data.kind == "parquet"]
-        content = _from_parquet(root, rows, form, info, problems)
-    if content is None or form.soft is None:
-        return content
-    return _with_soft(folder, form.soft.path, info, content, problems)
+        return _from_safetensors(root, (exact or names)[0], form, info, problems)
+    rows = [name for name in names if name.endswith(".parquet") or data.kind == "parquet"]
+    return _from_parquet(root, rows, form, info, problems)
 
 
 def most_of(form: Submission, info: DatasetInfo) -> tuple[int, int]:
@@ -97,10 +110,15 @@ def most_of(form: Submission, info: DatasetInfo) -> tuple[int, int]:
     )
 
 
+def _png_bytes(form: Submission, info: DatasetInfo) -> int:
+    """Bytes of one PNG at most: twice its pixels, and what may stand beside them."""
+    return 2 * info.channels * form.resolution**2 + (1 << 17)
+
+
 def _from_folder(
     folder: Path, path: str, form: Submission, info: DatasetInfo, problems: Problems
 ) -> Content | None:
-    most, size = most_of(form, info)
+    most, _ = most_of(form, info)
     with problems.catching(path):
         if not inside(folder, path).is_dir():
             raise GuardbenchError(f"{printable(path)}: is a file; kind folder needs a folder.")
@@ -112,8 +130,10 @@ def _from_folder(
             if len(parts) != 2 or parts[0] not in labels_of:
                 problems.add(name, "", "lies in no class folder; move or remove it.", kind="place")
                 continue
-            with problems.catching(name, "pixels"):
-                data = plain_file(folder, name, most=size).read_bytes()
+            with problems.catching(name, "pixels", kind="png"):
+                path_of = plain_file(folder, name, most=_png_bytes(form, info))
+                with readable(printable(name)):
+                    data = path_of.read_bytes()
                 images.append(
                     read_png(
                         data, side=form.resolution, channels=info.channels, where=printable(name)
@@ -121,7 +141,7 @@ def _from_folder(
                 )
                 labels.append(labels_of[parts[0]])
                 names.append(name)
-                files[name] = canonical.file_digest(folder / name)
+                files[name] = hashlib.sha256(data).hexdigest()
         if images:
             return Content(
                 _floats(np.stack(images)), torch.tensor(labels), None, tuple(names), files
@@ -138,8 +158,8 @@ def _class_folders(root: Path, info: DatasetInfo) -> dict[str, int]:
     """
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
     figures = {str(label): label for label in range(info.num_classes)}
-    # Where only the data itself lists the classes, their order is the sorted one.
-    keys = info.classes or tuple(found)
+    # Where only the data itself lists the classes, they are WordNet IDs in sorted order.
+    keys = info.classes or tuple(name for name in found if re.fullmatch(r"n\d{8}", name))
     known = {key: label for label, key in enumerate(keys)}
     for names in (known, figures):
         if set(found) == set(names) and len(names) == info.num_classes:
@@ -247,6 +267,7 @@ def _from_parquet(
     root: Path, names: Sequence[str], form: Submission, info: DatasetInfo, problems: Problems
 ) -> Content | None:
     most, size = most_of(form, info)
+    inline = form.labels == "soft" and form.soft is None
     images: list[npt.NDArray[np.uint8]] = []
     labels: list[int] = []
     soft: list[list[float]] = []
@@ -257,11 +278,16 @@ def _from_parquet(
     for name in names:
         with problems.catching(name):
             path = plain_file(root, name, most=size)
-            files[name] = canonical.file_digest(path)
-            for row, words in enumerate(_parquet_rows(path, form, most - len(labels), size)):
+            with readable(name):
+                files[name] = canonical.file_digest(path)
+            for row, words in enumerate(
+                parquet_rows(path, soft=inline, most=most - len(labels), size=size)
+            ):
                 place = f"{name}: image[{row}]"
-                with problems.catching(name, f"image[{row}]"):
-                    data, label, target = _row(words)
+                with problems.catching(name, f"image[{row}]", kind="png"):
+                    data, label, target = parse_row(words)
+                    if len(data) > _png_bytes(form, info):
+                        raise GuardbenchError(f"has {len(data)} bytes; save it anew.")
                     images.append(
                         read_png(data, side=form.resolution, channels=info.channels, where=place)
                     )
@@ -271,7 +297,7 @@ def _from_parquet(
     if not images:
         return None
     wide = len({len(row) for row in soft}) == 1 and len(soft) == len(images)
-    if form.labels == "soft" and form.soft is None and not wide:
+    if inline and not wide:
         problems.add(
             names[0], "soft_label", "missing in some rows, or of different lengths; add it."
         )
@@ -279,63 +305,10 @@ def _from_parquet(
     return Content(
         images=_floats(np.stack(images)),
         labels=torch.tensor(labels),
-        soft=torch.tensor(soft) if form.labels == "soft" and form.soft is None else None,
+        soft=torch.tensor(soft) if inline else None,
         names=tuple(places),
         files=files,
     )
-
-
-def _parquet_rows(path: Path, form: Submission, most: int, size: int) -> list[dict[str, Any]]:
-    """The rows of a parquet file that has the columns which are read, and no more of them than `most`.
-
-    Raises:
-        GuardbenchError: it is no parquet file, lacks a column, or would take more memory than `size`.
-    """
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    try:
-        with path.open("rb") as stream:
-            file = parquet.ParquetFile(
-                stream, thrift_string_size_limit=1 << 24, thrift_container_size_limit=1 << 20
-            )
-            head = file.metadata
-            columns = [*file.schema_arrow.names]
-            wanted = ["image", "label", *(["soft_label"] if form.labels == "soft" else [])]
-            if lacking := [name for name in wanted if name not in columns]:
-                raise GuardbenchError(
-                    f"has no column {lacking[0]}; it has {printable(', '.join(columns))}."
-                )
-            unpacked = sum(head.row_group(i).total_byte_size for i in range(head.num_row_groups))
-            if head.num_rows > most or unpacked > size:
-                raise GuardbenchError(
-                    f"{head.num_rows} rows of {unpacked} bytes, more than IPC {form.ipc} allows."
-                )
-            rows: list[dict[str, Any]] = []
-            for batch in file.iter_batches(batch_size=256, columns=wanted, use_threads=False):
-                if batch.nbytes > size:
-                    raise GuardbenchError(f"unpacks to more than {size} bytes.")
-                rows += batch.to_pylist()
-            return rows
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        raise GuardbenchError(
-            f"cannot be read ({printable(brief(error))}); write it anew."
-        ) from error
-
-
-def _row(words: dict[str, Any]) -> tuple[bytes, int, list[float] | None]:
-    """Image bytes, label and soft label of a parquet row."""
-    image, label, soft = words["image"], words["label"], words.get("soft_label")
-    data = image.get("bytes") if isinstance(image, dict) else image
-    if not isinstance(data, bytes):
-        raise GuardbenchError("image: holds no bytes; store the image itself and not its path.")
-    if not isinstance(label, int) or not 0 <= label < 1 << 31:
-        raise GuardbenchError(f"label: {printable(str(label), 40)} is no class number from 0 on.")
-    if soft is None:
-        return data, label, None
-    if not isinstance(soft, list) or not all(isinstance(value, float) for value in soft):
-        raise GuardbenchError("soft_label: must be a list of floats.")
-    return data, label, soft
 
 
 def _floats(pixels: npt.NDArray[Any]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -22,18 +24,20 @@ from guardbench.evaluation import (
     plan_evaluation,
 )
 from guardbench.filing import Place, checkout_for, file_record
-from guardbench.pipeline import Finished, choose_protocol, networks
+from guardbench.metrics import Measurement, estimate
+from guardbench.pipeline import Finished, choose_protocol, networks, require_complete
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol
 from guardbench.provenance import provenance
-from guardbench.records import Engine, Method, ResultRecord, Tier
+from guardbench.records import Engine, Method, ResultRecord, SeedRun, Tier
 from guardbench.runtime import Run, StageFolder, make_accelerator, stage_cost
 from guardbench.scoring import engines_used
 from guardbench.store import check_writable, explained
-from guardbench.submissions.check import Report, check, protocols_for, read_form
+from guardbench.submissions.check import Report, check, protocols_for, read_form, recipe_of
 from guardbench.submissions.fetch import fetch_data
-from guardbench.submissions.form import Submission
+from guardbench.submissions.form import FORM, Submission
 from guardbench.submissions.problems import Problems
+from guardbench.submissions.read import Content
 from guardbench.tier import sample_size
 
 
@@ -68,6 +72,7 @@ class Scoring:
 
     settings: Settings
     form: Submission
+    content: Content
     report: Report
     protocol: Protocol
     run: Run
@@ -84,40 +89,60 @@ def check_submission(
     cache_dir: Path | None,
     progress: Progress,
     copies: bool = True,
+    download: bool = False,
+    own_protocol: bool = False,
 ) -> tuple[Report, tuple[RealDataset, RealDataset] | None]:
     """Checks a submission against the real data where they are at hand.
 
     Args:
         data_dir, cache_dir: see `data.dataset.load_split`.
         copies: whether to look for copies of real images; False needs no real data.
+        download: whether to get real data that are not at hand.
+        own_protocol: see `check.check`.
 
     Returns:
         What was found, and the real training and validation split where they were needed and there.
 
     Raises:
-        GuardbenchError: there is no such folder, or the data that it points to cannot be fetched.
+        GuardbenchError: there is no such folder, or `data_dir` does not hold the dataset.
     """
+    if folder.is_symlink():
+        raise GuardbenchError(f"{folder}: is a link; name the folder itself.")
     if not folder.is_dir():
         raise GuardbenchError(
             f"{folder}: there is no such folder; `guardbench submission new` makes one."
         )
     form = read_form(folder, Problems())
-    fetched = real = None
+    fetched = real = unreachable = None
     if form is not None:
-        fetched = fetch_data(form, cache_dir, progress)
+        try:
+            fetched = fetch_data(form, cache_dir, progress)
+        except GuardbenchError as error:
+            unreachable = str(error)
         if copies:
-            real = _real(form, data_dir, cache_dir, progress)
-    return check(folder, fetched=fetched, real=real, progress=progress), real
+            real = _real(form, data_dir, cache_dir, progress, download)
+    report = check(folder, fetched=fetched, real=real, progress=progress, own_protocol=own_protocol)
+    if unreachable is not None:
+        report.problems.add(FORM, "data", unreachable)
+    return report, real
 
 
 def _real(
-    form: Submission, data_dir: Path | None, cache_dir: Path | None, progress: Progress
+    form: Submission,
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    progress: Progress,
+    download: bool,
 ) -> tuple[RealDataset, RealDataset] | None:
-    """Both splits at the submission's resolution, unless they would have to be downloaded."""
+    """Both splits at the submission's resolution; None where they are not at hand."""
+    named = data_dir is not None or bool(os.environ.get("GUARDBENCH_DATA"))
     try:
-        if locate(form.dataset, data_dir, cache_dir=cache_dir).kind == "download":
-            return None
+        located = locate(form.dataset, data_dir, cache_dir=cache_dir)
     except GuardbenchError:
+        if named or download:
+            raise
+        return None
+    if located.kind == "download" and not download:
         return None
 
     def load(split: str) -> RealDataset:
@@ -128,6 +153,7 @@ def _real(
             data_dir=data_dir,
             cache_dir=cache_dir,
             progress=progress,
+            per_class=form.ipc if split == "train" else 1,
         )
 
     return load("train"), load("val")
@@ -147,18 +173,17 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
         data_dir=settings.data_dir,
         cache_dir=settings.cache_dir,
         progress=progress,
+        download=True,
+        own_protocol=_own(settings) is not None,
     )
     form, content = report.form, report.content
-    if report.problems or form is None or content is None:
+    if report.problems or form is None or content is None or real is None:
         _refuse(settings, report)
-    if real is None:
-        locate(form.dataset, settings.data_dir, cache_dir=settings.cache_dir)
-        raise GuardbenchError(
-            f"{form.dataset} is not here, and scoring needs it: say where with --data-dir, or let "
-            f"`guardbench run --method random --dataset {form.dataset} --dry-run` say how to get it."
-        )
     protocol = _protocol(settings, form)
     checkout = checkout_for(protocol) if settings.publish else None
+    if checkout is not None:
+        for split in real:
+            require_complete(split)
     if checkout is not None and not _same(checkout / "submissions" / form.name, settings.folder):
         raise GuardbenchError(
             f"--publish: put the submission into {checkout / 'submissions' / form.name} first."
@@ -169,7 +194,14 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
         seed=0,
         progress=progress,
     )
-    words = {"stage": "submission", "form": form.sha256, "files": content.files}
+    # What students see of it: a mended title or address trains nobody anew.
+    words = {
+        "stage": "submission",
+        "files": content.files,
+        "form": form.model_dump(
+            mode="json", include={"name", "dataset", "resolution", "ipc", "labels", "teacher"}
+        ),
+    }
     artifact = run.stage("submission", "distilled", words)
     sample = sample_size(
         protocol, dataset_info(form.dataset).num_classes, settings.tier, settings.images
@@ -177,6 +209,7 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
     return Scoring(
         settings=settings,
         form=form,
+        content=content,
         report=report,
         protocol=protocol,
         run=run,
@@ -187,6 +220,7 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
             artifact=artifact.key,
             images=len(content.images),
             kind=form.labels,
+            train_digest=real[0].digest,
             test_digest=real[1].digest,
             engine=settings.engine,
             sample=sample,
@@ -227,7 +261,7 @@ def execute_score(scoring: Scoring) -> Finished:
                 title=form.title,
                 distiller="submission",
                 regulariser="none",
-                recipe_sha256=form.sha256,
+                recipe_sha256=recipe_of(form, scoring.content),
                 official=True,
             ),
             overrides=(),
@@ -238,7 +272,7 @@ def execute_score(scoring: Scoring) -> Finished:
             provenance=provenance(
                 run, engines_used(protocol, settings.engine), evaluating.searched
             ),
-            flags=(*flags(seeds), *_own_flags(scoring)),
+            flags=(*flags(seeds), *_own_flags(scoring, seeds)),
         )
         folder = scoring.artifact.path / "distilled"
         paths = {
@@ -252,8 +286,7 @@ def execute_score(scoring: Scoring) -> Finished:
 
 def _distilled(scoring: Scoring) -> DistilledDataset:
     """The submission as every method's artifact is."""
-    folder, form, content = scoring.artifact, scoring.form, scoring.report.content
-    assert content is not None, "the check has passed"
+    folder, form, content = scoring.artifact, scoring.form, scoring.content
     if folder.finished() is None:
         info = dataset_info(form.dataset)
         located = locate(
@@ -271,23 +304,33 @@ def _distilled(scoring: Scoring) -> DistilledDataset:
             ipc=form.ipc,
             method=form.name,
             classes=class_order(info, located),
-            provenance={"submission": form.sha256, "stage": folder.key},
+            provenance={"stage": folder.key},
         )
         folder.finish(scoring.run.device, (f"distilled/{MANIFEST}",))
-    return load_distilled(folder.path / "distilled")
+    distilled = load_distilled(folder.path / "distilled")
+    assert distilled.manifest.label_kind == form.labels, "the check has passed"
+    return distilled
 
 
-def _own_flags(scoring: Scoring) -> tuple[str, ...]:
-    """What a reader of the row should know of how the set was made."""
+def _own_flags(scoring: Scoring, seeds: Sequence[SeedRun]) -> tuple[str, ...]:
+    """What a reader of the row should know of how the set was made, and of what its authors claim."""
     extra = ("made with data beyond the training images",) if scoring.form.extra_data else ()
     copied = scoring.report.copied
     coreset = (f"{copied} of its images are training images",) if copied else ()
-    return (*extra, *coreset)
+    claim, found = (
+        scoring.form.claimed_clean,
+        Measurement.of(estimate([run.clean for run in seeds])),
+    )
+    missed = (
+        (f"its authors claim {claim:.1f}% clean; measured {found.mean:.1f} (to {found.high:.1f})",)
+        if claim is not None and claim > found.high
+        else ()
+    )
+    return (*extra, *coreset, *missed)
 
 
 def _refuse(settings: Settings, report: Report) -> NoReturn:
-    first = report.problems.listed[0]
-    count = len(report.problems.listed)
+    first, count = report.problems.listed[0], report.problems.count
     more = (
         f" ({count - 1} more: `guardbench submission check {settings.folder}`)" if count > 1 else ""
     )

@@ -101,7 +101,13 @@ def evaluated(tmp_path, monkeypatch):
     labels[order[::3]] = (labels[order[::3]] + 1) % 10
     test = dataclasses.replace(test, labels=labels)
     plan = plan_evaluation(
-        run, protocol, artifact="a", images=10, kind="hard", test_digest=test.digest
+        run,
+        protocol,
+        artifact="a",
+        images=10,
+        kind="hard",
+        train_digest=None,
+        test_digest=test.digest,
     )
 
     def go():

@@ -1,6 +1,7 @@
 """Submissions: each broken one gets its exact line, a sound one none, and nothing hostile is followed."""
 
 import io
+import json
 import os
 import struct
 import zipfile
@@ -21,7 +22,7 @@ from guardbench.data.dataset import RealDataset, load_split
 from guardbench.errors import GuardbenchError
 from guardbench.models import build_model, save_weights
 from guardbench.progress import Progress
-from guardbench.submissions.check import check
+from guardbench.submissions.check import check, recipe_of
 from guardbench.submissions.fetch import require_public
 from guardbench.submissions.files import inside, read_png, safetensors_heads, walk
 from guardbench.submissions.form import FORM, Submission, form_text, load_form
@@ -76,6 +77,12 @@ def png(pixels: np.ndarray) -> bytes:
 
 def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def chunked(packed: bytes) -> bytes:
+    """A grey PNG of 8 x 8 with these compressed pixels."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
 GREY = png(np.arange(64, dtype=np.uint8).reshape(8, 8))
@@ -140,7 +147,6 @@ def value(row: int, number: float) -> Callable[[Path, dict[str, torch.Tensor]], 
 
 def twice(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     tensors["images"][3] = tensors["images"][2]
-    tensors["labels"] = torch.tensor([0, 1, 2, 2, 4, 5, 6, 7, 8, 9])
     save_file(tensors, folder / "images.safetensors")
 
 
@@ -228,6 +234,26 @@ BROKEN = {
         rewritten(licence='"FILL IN, such as CC-BY-4.0"'),
         "submission.toml: licence: still says FILL IN; say it.",
     ),
+    "nested too deeply": (
+        lambda folder, _: (folder / FORM).write_text("x = " + "[" * 20_000),
+        "submission.toml: submission is not valid TOML: maximum recursion depth exceeded.",
+    ),
+    "a number without end": (
+        lambda folder, _: (folder / FORM).write_text("ipc = " + "1" * 5_000),
+        None,
+    ),
+    "no pixels": (
+        tensor(images=torch.rand(10, 1, 0, 8)),
+        "submission.toml: resolution: images are [10, 1, 0, 8], must be [N, 1, 8, 8].",
+    ),
+    "no images": (
+        tensor(images=torch.rand(0, 1, 8, 8), labels=torch.arange(0)),
+        "submission.toml: resolution: images are [0, 1, 8, 8], must be [N, 1, 8, 8].",
+    ),
+    "a method's name": (
+        rewritten(name='"guard"'),
+        "submission.toml: name: 'guard' is a method's own name; take another.",
+    ),
     "a name with capitals": (
         rewritten(name='"Mine"'),
         "submission.toml: name: must be lower-case letters, figures and ._+- alone, at most 64.",
@@ -243,7 +269,7 @@ BROKEN = {
     ),
     "wrong size": (
         tensor(images=torch.rand(10, 1, 9, 9)),
-        "submission.toml: resolution: images are [1, 9, 9], it must be [1, 8, 8] [C, H, W].",
+        "submission.toml: resolution: images are [10, 1, 9, 9], must be [N, 1, 8, 8].",
     ),
     "wrong type": (
         tensor(images=torch.rand(10, 1, 8, 8).double()),
@@ -268,7 +294,8 @@ BROKEN = {
     ),
     "duplicate": (
         twice,
-        "submission.toml: ipc: class 2 (2) has 2 images, IPC 1 means 1.",
+        "images.safetensors: images[3]: is the same image as images.safetensors: images[2]; every one "
+        "must be its own.",
     ),
     "soft rows that do not sum to 1": (
         soft_rows,
@@ -303,7 +330,8 @@ def test_each_broken_one_gets_its_line(
     found = lines(folder)
     assert found
     assert all("\n" not in line and len(line) < 900 for line in found)
-    assert wanted in found
+    if wanted is not None:
+        assert wanted in found
 
 
 def test_several_problems_are_all_told(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -321,7 +349,77 @@ def test_problems_alike_are_counted(folder: Path, tensors: dict[str, torch.Tenso
     tensors["images"] -= 5
     save_file(tensors, folder / "images.safetensors")
     found = lines(folder)
-    assert sum("undo the normalisation" in line for line in found) <= 10
+    assert sum("undo the normalisation" in line for line in found) == 5
+    assert found[-1] == "...: 5 more problems like the last one."
+
+
+def test_soft_labels_in_their_own_file_count_for_every_kind_of_data(folder: Path) -> None:
+    """A folder of PNGs, or parquet, beside soft labels is no hard-labelled set."""
+    soft = 0.1 * torch.eye(10) + 0.09
+    for kind in ("folder", "parquet"):
+        if kind == "folder":
+            as_folder(folder)
+        else:
+            parquet(folder, rows_of())
+        path = {"folder": "images", "parquet": "images.parquet"}[kind]
+        words = {"labels": "soft", "data": {"kind": kind, "path": path}}
+        (folder / FORM).write_text(form_text(form(**words)))
+        others = [line for line in lines(folder) if "nothing in the form" not in line]
+        wanted = "soft_label" if kind == "parquet" else "there are no soft labels"
+        assert any(wanted in line for line in others), others
+        (folder / FORM).write_text(form_text(form(**words, soft={"path": "soft.safetensors"})))
+        save_file({"soft": soft}, folder / "soft.safetensors")
+        report = check(folder, fetched=None, real=None, progress=Progress())
+        assert report.content is not None
+        assert torch.equal(report.content.soft, soft)
+        assert "soft.safetensors" in report.content.files
+        save_file({"soft": torch.full((3, 7), 9.0)}, folder / "soft.safetensors")
+        assert any("soft: is [3, 7], must be [10, 10]" in line for line in lines(folder))
+
+
+def test_what_a_record_is_of_may_not_change_behind_it(folder: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "record-v4.json"
+    words = json.loads(golden.read_text())
+    report = check(folder, fetched=None, real=None, progress=Progress())
+    assert report.form is not None
+    assert report.content is not None
+    words["method"]["recipe_sha256"] = recipe_of(report.form, report.content)
+    there = folder / "results" / "digits" / "ipc1-seed0.json"
+    there.parent.mkdir(parents=True)
+    there.write_text(json.dumps(words))
+    assert lines(folder) == []
+    (folder / FORM).write_text(form_text(form(title="Another title")))
+    (line,) = lines(folder)
+    assert line == (
+        "results/digits/ipc1-seed0.json: method.recipe_sha256: the form or a file has changed since; "
+        "score it again."
+    )
+    there.write_text("{}")
+    assert any("not a valid record" in line for line in lines(folder))
+    (folder / "results" / "digits" / "x.pkl").write_bytes(b"x")
+    assert any("x.pkl: nothing in the form names this file" in line for line in lines(folder))
+
+
+@pytest.mark.parametrize("name", ["<img src=x>.png", "a\x1b[2J.png", "\u202egnp.png", b"\xff.png"])
+def test_names_that_could_move_a_terminal_or_begin_a_tag_are_refused(
+    name: str | bytes, folder: Path
+) -> None:
+    as_folder(folder)
+    path = os.fsencode(folder / "images" / "0") + b"/" + (os.fsencode(name))
+    Path(os.fsdecode(path)).write_bytes(GREY)
+    found = lines(folder)
+    assert any("is no plain name; rename it" in line for line in found)
+    assert all(line.isprintable() for line in found)
+
+
+def test_a_file_that_cannot_be_read_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_folder(folder)
+
+    def refused(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert any("cannot be read (Permission denied)" in line for line in lines(folder))
 
 
 PNGS = {
@@ -333,13 +431,25 @@ PNGS = {
     "no png": (b"GIF89a" + b"0" * 50, "is not a PNG; `guardbench convert` reads other formats."),
     "cut off": (GREY[:-20], "is cut off or no whole PNG; save it anew."),
     "polyglot": (GREY + b"PK\x03\x04", "4 bytes follow the image's end; save it anew."),
+    "bytes behind the pixels": (
+        chunked(zlib.compress(bytes(72)) + b"PK"),
+        "holds more or less than its pixels; save it anew.",
+    ),
+    "more pixels than it says": (
+        chunked(zlib.compress(bytes(10_000_000))),
+        "holds more or less than its pixels; save it anew.",
+    ),
+    "an empty profile": (
+        GREY[:-12] + chunk(b"iCCP", b"") + GREY[-12:],
+        "cannot be decoded (index out of range); save it anew.",
+    ),
     "animation": (
         GREY[:33] + chunk(b"acTL", b"\0" * 8) + GREY[33:],
         "holds b'acTL', no part of a plain image; save it anew.",
     ),
     "a long text": (
         GREY[:33] + chunk(b"tEXt", b"a\0" + b"x" * 70_000) + GREY[33:],
-        "holds more than 65536 bytes beside its pixels.",
+        "holds more than 8192 bytes beside its pixels.",
     ),
     "a bomb": (
         GREY[:8]
@@ -440,7 +550,9 @@ def test_parquet_that_is_wrong(folder: Path) -> None:
     )
     assert "images.parquet: image[5]: label: -1 is no class number from 0 on." in found
     parquet(folder, rows_of() * 10)
-    assert any("100 rows of" in line and "more than IPC 1 allows" in line for line in lines(folder))
+    assert any(
+        "100 rows of" in line and "more than the IPC allows" in line for line in lines(folder)
+    )
 
 
 def test_a_teacher_is_tried_on_the_images(folder: Path) -> None:
@@ -548,6 +660,11 @@ def hostile_zips() -> Iterator[tuple[str, list[tuple[zipfile.ZipInfo, bytes]], s
     yield "no form", [(entry("mine/a"), b"x")], "must hold one folder"
     yield "bomb", [top, (entry("mine/a"), bytes(10_000_000))], "would become"
     yield "twice", [top, top], "stands twice"
+    yield "moving name", [top, (entry("mine/\x1b[2J"), b"x")], "no plain name"
+    yield "moving top", [(entry(f"\x1b[2J/{FORM}"), b"x")], "no plain name"
+    bzip = entry("mine/a")
+    bzip.compress_type = zipfile.ZIP_BZIP2
+    yield "bzip2", [top, (bzip, b"x" * 99)], "compressed in an unusual way"
 
 
 @pytest.mark.parametrize(
@@ -563,6 +680,18 @@ def test_hostile_zips_leave_nothing_behind(
     with pytest.raises(GuardbenchError, match=wanted):
         unpack(tmp_path / "x.zip", tmp_path / "there")
     assert not (tmp_path / "there").exists() or not any((tmp_path / "there").iterdir())
+
+
+def test_a_corrupt_zip_leaves_nothing_behind(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr(f"mine/{FORM}", form_text(form()) * 9)
+    data = bytearray((tmp_path / "x.zip").read_bytes())
+    at = data.index(FORM.encode()) + len(FORM) + 5
+    data[at : at + 40] = b"\xff" * 40
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(GuardbenchError, match="is no packed submission"):
+        unpack(tmp_path / "x.zip", tmp_path / "there")
+    assert not any((tmp_path / "there").iterdir())
 
 
 def test_paths_never_leave_the_folder(tmp_path: Path) -> None:
