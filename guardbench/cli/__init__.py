@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import guardbench
-from guardbench.cli import leaderboard, robustbench
+from guardbench.cli import leaderboard, robustbench, site
 from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
 from guardbench.cli.curve import curve
@@ -38,6 +38,7 @@ app.command()(show)
 app.command()(compare)
 app.add_typer(leaderboard.app, name="leaderboard")
 app.add_typer(robustbench.app, name="robustbench")
+app.add_typer(site.app, name="site")
 
 
 def _version(wanted: bool) -> None:
