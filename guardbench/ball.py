@@ -12,9 +12,6 @@ from guardbench.canonical import derive_seed
 from guardbench.errors import GuardbenchError
 from guardbench.threat import Norm, ThreatModel
 
-FLOAT32_ULP = 2.0**-23
-"""Spacing of float32 numbers just above 1: what a pixel in [0, 1] cannot resolve."""
-
 
 def require_norm(name: str, threat: ThreatModel, norms: Collection[Norm]) -> None:
     """Refuses a threat model whose norm the attack called `name` does not have."""
@@ -32,18 +29,6 @@ def length(delta: Tensor, norm: Norm) -> Tensor:
     order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[norm]
     size: Tensor = torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1)
     return size
-
-
-def tolerance(threat: ThreatModel, pixels: int) -> float:
-    """By how much float32 arithmetic alone can put an image of `pixels` values outside the ball.
-
-    Two float32 steps a pixel; where lengths are sums (l2, l1), also 1e-5 of the radius, for
-    the sums that an attack took in float32.
-    """
-    step = 2 * FLOAT32_ULP
-    if threat.norm == "linf":
-        return step
-    return 1e-5 * float(threat.eps) + step * (pixels**0.5 if threat.norm == "l2" else pixels)
 
 
 def project(adv: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from guardbench import canonical
-from guardbench.errors import GuardbenchError
-from guardbench.protocol import first_problem
-from guardbench.records import Line, Name, Sha256, Strict, only_const, printable
+from guardbench import canonical, json_files
+from guardbench.records import Line, Name, Sha256, Strict, only_const
 from guardbench.store import read_text, write_text
 from guardbench.threat import Norm
 
 MOST = 200
 """How many radii a curve may have."""
-CURVE_SUFFIX = ".curve.json"
-"""Of a curve that lies beside the record that it belongs to, as `<record stem>*.curve.json`."""
 
 
 class Point(Strict):
@@ -81,12 +77,10 @@ def load_curve(path: Path) -> Curve:
     Raises:
         GuardbenchError: it cannot be read, or a field is wrong.
     """
-    try:
-        return Curve.model_validate(json.loads(read_text(path, what="curve", limit=1 << 20)))
-    except ValidationError as error:
-        reason = first_problem(error)
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-    raise GuardbenchError(
-        f"{printable(str(path))}: not a curve of `guardbench curve`: {printable(reason)}."
+    return json_files.parse(
+        read_text(path, what="curve", limit=1 << 20),
+        partial(json_files.strictly, Curve),
+        where=str(path),
+        what="curve of `guardbench curve`",
+        remedy="Measure it again, or remove it.",
     )

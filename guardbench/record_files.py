@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from guardbench import canonical
+from guardbench import canonical, json_files
 from guardbench.errors import GuardbenchError
 from guardbench.migrations import migrate
 from guardbench.records import AnyRecord, ClassifierRecord, ResultRecord, printable
 from guardbench.store import read_text, write_text
 
 FILE_LIMIT = 16 << 20
+CURVE_SUFFIX = ".curve.json"
+"""Of a security curve that lies beside the record that it belongs to, as `<record stem>*.curve.json`."""
+
+
+def record_paths(root: Path, pattern: str) -> list[Path]:
+    """The record files under `root` that match the glob `pattern`, sorted; not the curves beside them."""
+    return sorted(path for path in root.glob(pattern) if not path.name.endswith(CURVE_SUFFIX))
 
 
 def load_record(path: Path) -> ResultRecord:
@@ -39,26 +43,19 @@ def load_any_record(path: Path) -> AnyRecord:
         GuardbenchError: it cannot be read, is over 16 MiB, is not JSON, is newer than this
             guardbench, or a field is wrong: one line naming the file, the field and the way out.
     """
-    text = read_text(path, what="record", limit=FILE_LIMIT)
-    try:
-        words = json.loads(text, object_pairs_hook=_unique)
-        if not isinstance(words, dict):
-            raise ValueError("must be a JSON object")
-        # Strict, and through JSON so that lists may stand for tuples: "5" or true is no count.
-        kind: type[AnyRecord] = ClassifierRecord if "classifier" in words else ResultRecord
-        return kind.model_validate_json(json.dumps(migrate(words)), strict=True)
-    except ValidationError as error:
-        reason = _first_problem(error)
-    except json.JSONDecodeError as error:
-        reason = f"not valid JSON ({error.msg}, line {error.lineno})"
-    except RecursionError:
-        reason = "nested too deeply"
-    except ValueError as error:
-        reason = str(error)
-    raise GuardbenchError(
-        f"{printable(str(path))}: not a valid record: {reason}. Records are written by "
-        "`guardbench run`, not by hand; restore this one or run it again."
+    return json_files.parse(
+        read_text(path, what="record", limit=FILE_LIMIT),
+        _record,
+        where=str(path),
+        what="record",
+        remedy="Records are written by `guardbench run`, not by hand; restore this one or run it again.",
     )
+
+
+def _record(words: dict[str, Any]) -> AnyRecord:
+    if "classifier" in words:
+        return json_files.strictly(ClassifierRecord, migrate(words))
+    return json_files.strictly(ResultRecord, migrate(words))
 
 
 def save_record(path: Path, record: AnyRecord) -> None:
@@ -75,19 +72,3 @@ def save_record(path: Path, record: AnyRecord) -> None:
 def record_text(record: AnyRecord) -> str:
     """The canonical JSON that `save_record` writes: equal records give equal bytes."""
     return canonical.dumps(record.model_dump(mode="json"))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    words = dict(pairs)
-    if len(words) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in words if keys.count(key) > 1)
-        raise ValueError(f"{printable(twice, 64)}: the key stands twice")
-    return words
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field = printable(".".join(str(part) for part in problem["loc"]), 160)
-    message = printable(problem["msg"].removeprefix("Value error, "))
-    return f"{field}: {message}" if field else message

@@ -8,6 +8,9 @@ from typing import Literal, get_args
 
 Norm = Literal["linf", "l2", "l1"]
 
+FLOAT32_ULP = 2.0**-23
+"""Spacing of float32 numbers just above 1: what a pixel in [0, 1] cannot resolve."""
+
 
 @dataclass(frozen=True)
 class ThreatModel:
@@ -29,3 +32,15 @@ class ThreatModel:
 
     def __str__(self) -> str:
         return f"{self.norm} {self.eps}"
+
+
+def tolerance(threat: ThreatModel, pixels: int) -> float:
+    """By how much float32 arithmetic alone can put an image of `pixels` values outside the ball.
+
+    Two float32 steps a pixel; where lengths are sums (l2, l1), also 1e-5 of the radius, for
+    the sums that an attack took in float32.
+    """
+    step = 2 * FLOAT32_ULP
+    if threat.norm == "linf":
+        return step
+    return 1e-5 * float(threat.eps) + step * (pixels**0.5 if threat.norm == "l2" else pixels)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.attacks.stream import Fitting, rows_at_once, telling
-from guardbench.ball import FLOAT32_ULP, length, tolerance
+from guardbench.ball import length
 from guardbench.errors import GuardbenchError
-from guardbench.threat import ThreatModel
+from guardbench.threat import FLOAT32_ULP, ThreatModel, tolerance
 
 LOGIT_NOISE = 1e-4
 """Two scorings of one image may disagree only if its margin is below this share of its logits."""
@@ -237,7 +237,7 @@ def run_verified(
 
     Images that are already wrong leave first, so robust implies clean and every batch is full.
     What the attack returns is checked (finite, shape, [0, 1], the ball in float64 up to float32
-    rounding, see `ball.tolerance`), clipped to [0, 1] and scored anew, twice, at two batch
+    rounding, see `threat.tolerance`), clipped to [0, 1] and scored anew, twice, at two batch
     sizes. Where the two scorings disagree and the margin is within float noise (`LOGIT_NOISE`),
     the image counts as broken; beyond that it is an error.
 

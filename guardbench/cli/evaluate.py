@@ -81,7 +81,7 @@ def evaluate(
     prepared = prepare(request, Progress(console))
     from rich.markup import escape
 
-    from guardbench.leaderboard import threat_text
+    from guardbench.ranking import threat_text
     from guardbench.report import print_record
     from guardbench.runtime import device_name
     from guardbench.tier import dev_text

@@ -121,7 +121,7 @@ def run(
         raise typer.Exit(130) from None
     from rich.markup import escape
 
-    from guardbench.leaderboard import threat_text
+    from guardbench.ranking import threat_text
     from guardbench.report import print_record
 
     for warning in finished.warnings:
@@ -142,8 +142,8 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     """Prints what a run will do, stage by stage, and what of it is done."""
     from rich.markup import escape
 
-    from guardbench.leaderboard import threat_text
     from guardbench.progress import clock
+    from guardbench.ranking import threat_text
     from guardbench.runtime import device_name
     from guardbench.tier import dev_text
 

@@ -32,8 +32,8 @@ def show(
 
 def _threat(protocol: str, digest: str) -> str | None:
     """The threat model in words, where that very protocol comes with this guardbench."""
-    from guardbench.leaderboard import threat_text
     from guardbench.protocol import load_protocol
+    from guardbench.ranking import threat_text
 
     try:
         known = load_protocol(protocol)

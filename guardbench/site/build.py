@@ -132,7 +132,7 @@ def _by_dataset(boards: Sequence[Shown]) -> list[tuple[str, list[Shown]]]:
 
 
 def _plotly() -> bytes:
-    from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     return str(get_plotlyjs()).encode()
 

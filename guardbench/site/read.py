@@ -12,11 +12,11 @@ from pathlib import Path
 from guardbench import canonical
 from guardbench.board import Board, Row
 from guardbench.board_files import FOLDER, load_board, load_index
-from guardbench.curve_files import CURVE_SUFFIX, Curve, load_curve
+from guardbench.curve_files import Curve, load_curve
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import board_path
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
-from guardbench.record_files import load_record
+from guardbench.record_files import CURVE_SUFFIX, load_record, record_paths
 from guardbench.records import LabelKind, ResultRecord, printable
 from guardbench.store import read_text
 
@@ -161,7 +161,7 @@ def _plain(root: Path, path: Path) -> Path:
 def _curves(root: Path, record: Path, measured: ResultRecord) -> Iterator[tuple[str, Curve]]:
     """The curves whose name begins with this record's, and with no longer one beside it."""
     found = sorted(record.parent.glob(f"*{CURVE_SUFFIX}"))
-    stems = [p.stem for p in record.parent.glob("*.json") if not p.name.endswith(CURVE_SUFFIX)]
+    stems = [path.stem for path in record_paths(record.parent, "*.json")]
     for path in found:
         name = path.name.removesuffix(CURVE_SUFFIX)
         owners = [

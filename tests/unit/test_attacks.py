@@ -26,12 +26,11 @@ from guardbench.ball import (
     project,
     random_start,
     steepest,
-    tolerance,
 )
 from guardbench.canonical import file_digest
 from guardbench.errors import GuardbenchError
 from guardbench.models import build_model, save_weights
-from guardbench.threat import Norm, ThreatModel
+from guardbench.threat import Norm, ThreatModel, tolerance
 
 LINF = ThreatModel("linf", Fraction(8, 255))
 L2 = ThreatModel("l2", Fraction(1, 4))

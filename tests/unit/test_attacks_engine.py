@@ -34,9 +34,9 @@ from guardbench.attacks.square import Square, square_side
 from guardbench.attacks.stream import rows_at_once, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.attacks.vmifgsm import VMIFGSM
-from guardbench.ball import length, random_start, tolerance
+from guardbench.ball import length, random_start
 from guardbench.errors import GuardbenchError
-from guardbench.threat import ThreatModel
+from guardbench.threat import ThreatModel, tolerance
 
 LINF = ThreatModel("linf", Fraction(1, 20))
 NEAR = ThreatModel("linf", Fraction(1, 50))

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from guardbench import canonical, leaderboard
-from guardbench.board import Board
+from guardbench.board import Board, ranks
+from guardbench.board_files import load_board, load_index
 from guardbench.cli.leaderboard import app
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
-from guardbench.leaderboard import EVALUATION_STAGES, RecordFile, build_leaderboard, rebuild
+from guardbench.leaderboard import rebuild
 from guardbench.methods import methods_folder
-from guardbench.record_files import load_record, save_record
+from guardbench.ranking import EVALUATION_STAGES, RecordFile, build_leaderboard
+from guardbench.reassessment import Assessment, AssessmentFile
+from guardbench.record_files import load_record, record_paths, save_record
 from guardbench.records import Outcome, ResultRecord, SeedRun
 from guardbench.report import differences
 from guardbench.threat import ThreatModel
@@ -54,6 +57,7 @@ class Protocol:
 
     id: str = "toy"
     title: str = "A toy"
+    superseded_by: str | None = None
     dataset: str = "digits"
     resolution: int = 32
     ipc: tuple[int, ...] = (1, 10)
@@ -74,7 +78,7 @@ TOY = Protocol()
 GUARD = load_record(GOLDEN / "record-v1.json")
 
 
-def record(name="guard", clean=50, pgd=30, aa=10, cw=20, kind="soft", **changes):
+def record(name="guard", clean=50, pgd=30, aa=10, cw=20, kind="soft", official=True, **changes):
     """A record of three like seeds with these counts of 60, 60, 20 and 60 images."""
 
     def outcome(correct, total, first=0, **more):
@@ -91,7 +95,7 @@ def record(name="guard", clean=50, pgd=30, aa=10, cw=20, kind="soft", **changes)
         runs.append(SeedRun(seed=k, clean=outcome(clean, 60), attacks=attacks))
     words = GUARD.model_dump()
     words["seeds"] = runs
-    words["method"] = {**words["method"], "name": name, "title": name.upper()}
+    words["method"] = {**words["method"], "name": name, "title": name.upper(), "official": official}
     words["artifact"] = {**words["artifact"], "label_kind": kind}
     return ResultRecord(**{**words, **changes})
 
@@ -101,19 +105,41 @@ def stored(made, path=None):
     return RecordFile(path, canonical.digest(made.model_dump(mode="json")), made)
 
 
-def ranks(board, track="soft"):
+def places(board, track="soft"):
     return [(row["method"]["name"], row["rank"]) for row in board["tracks"][track]]
 
 
 # --- one board
 
 
-def test_the_golden_board_is_built_to_the_byte():
+def golden_files():
+    """A hard row, a row that a later attack lowered, and an unofficial one with a higher value."""
     hard = record("random", clean=30, pgd=3, aa=1, kind="hard")
     path = "baselines/guard/results/toy/ipc10.json"
-    file = RecordFile(path, canonical.file_digest(GOLDEN / "record-v1.json"), GUARD)
-    board = build_leaderboard([stored(hard), file], TOY, 10)
-    text = (GOLDEN / "board-v1.json").read_text(encoding="utf-8")
+    broken = [run.attacks["autoattack"].flags() for run in GUARD.seeds]
+    broken[1][broken[1].index(True)] = False
+    seen = [
+        {"seed": k, "outcome": Outcome.from_flags(broken[k], first=20 * k, max_distance=1 / 255)}
+        for k in (0, 1)
+    ]
+    later = Assessment(
+        result_sha256=GUARD.result_sha256,
+        attack="a longer search",
+        made_by="A. Reader",
+        date="2026-11-23",
+        source="https://example.org/runs/7",
+        seeds=seen,
+    )
+    beside = AssessmentFile("baselines/guard/assessments/toy/ipc10.long.json", "0" * 64, later)
+    links = {"paper": "Xue et al., AAAI 2025", "code": "https://example.org/guard"}
+    digest = canonical.file_digest(GOLDEN / "record-v1.json")
+    changed = stored(record("sre2l", clean=60, aa=20, official=False))
+    return [stored(hard), RecordFile(path, digest, GUARD, links, (beside,)), changed]
+
+
+def test_the_golden_board_is_built_to_the_byte():
+    board = build_leaderboard(golden_files(), TOY, 10)
+    text = (GOLDEN / "board-v2.json").read_text(encoding="utf-8")
     assert canonical.dumps(board) == text
     assert Board.model_validate_json(text, strict=True).model_dump(mode="json") == board
 
@@ -151,25 +177,91 @@ def test_numbers_of_a_row_by_hand():
     assert board["protocol"]["attacks"] == ["pgd-100", "cw", "autoattack"]
 
 
-def test_ranking_is_by_the_protocols_column_then_clean():
+def test_rows_stand_by_the_protocols_column_then_clean_and_tie_by_interval():
     files = [
         stored(record("a", clean=60, pgd=60, aa=9)),
         stored(record("b", clean=50, pgd=20, aa=10)),
         stored(record("c", clean=55, pgd=10, aa=10)),
     ]
-    assert ranks(build_leaderboard(files, TOY, 10)) == [("c", 1), ("b", 2), ("a", 3)]
+    # Of 20 images each, 9 and 10 are one rank.
+    assert places(build_leaderboard(files, TOY, 10)) == [("c", 1), ("b", 1), ("a", 1)]
+    # 60, 20 and 10 of 60 images: 94.0 to 100, 22.7 to 45.9, 9.3 to 28.0 (Wilson).
     by_pgd = replace(TOY, rank_by="pgd-100")
-    assert ranks(build_leaderboard(files, by_pgd, 10)) == [("a", 1), ("b", 2), ("c", 3)]
+    assert places(build_leaderboard(files, by_pgd, 10)) == [("a", 1), ("b", 2), ("c", 2)]
     # Worst of three slices: a 9 9 9, b 10 0 0, c 10 0 0.
     by_worst = replace(TOY, rank_by="worst_case")
-    assert ranks(build_leaderboard(files, by_worst, 10)) == [("a", 1), ("c", 2), ("b", 3)]
+    board = build_leaderboard(files, by_worst, 10)
+    assert places(board) == [("a", 1), ("c", 1), ("b", 1)]
+    rows = board["tracks"]["soft"]
+    assert [row["ranked"]["per_seed"] for row in rows] == [[45, 45, 45], [50, 0, 0], [50, 0, 0]]
+    for row in rows:
+        assert row["ranked"].items() <= row["worst_case"].items()
 
 
-def test_equal_values_share_a_rank_and_stand_by_name():
+def test_a_tie_is_not_passed_on_from_row_to_row():
+    # Wilson's intervals of 30, 16 and 15 of 60: 37.74 to 62.26, 17.13 to 39.01, 15.78 to 37.23.
+    files = [stored(record(n, clean=60, pgd=p)) for n, p in (("c", 15), ("a", 30), ("b", 16))]
+    board = build_leaderboard(files, replace(TOY, rank_by="pgd-100"), 10)
+    assert places(board) == [("a", 1), ("b", 1), ("c", 2)]
+    lows = [row["ranked"]["low"] for row in board["tracks"]["soft"]]
+    assert lows == pytest.approx([37.735, 17.13, 15.78], abs=0.02)
+
+
+def test_ranks_by_hand():
+    assert ranks([]) == []
+    assert ranks([(True, 50, 60), (True, 40, 50), (True, 30, 39.9)]) == [1, 1, 3]
+    assert ranks([(True, 50, 60), (True, 40, 49.9)]) == [1, 2]
+    # The widest interval is that of the last row: nothing is surely better than it.
+    assert ranks([(True, 49, 51), (True, 47.5, 48.5), (True, 20, 74)]) == [1, 2, 1]
+    # Who is not official neither has a rank nor takes one.
+    assert ranks([(False, 90, 99), (True, 40, 50), (False, 10, 20)]) == [None, 1, None]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(0, 9), st.integers(0, 9)).map(
+            lambda row: (row[0], min(row[1:]), max(row[1:]))
+        ),
+        max_size=8,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_a_rank_hangs_on_the_official_rows_and_not_on_their_order(rows, shuffler):
+    before = dict(zip(range(len(rows)), ranks(rows), strict=True))
+    order = [k for k in range(len(rows)) if rows[k][0]]
+    shuffler.shuffle(order)
+    assert ranks([rows[k] for k in order]) == [before[k] for k in order]
+    assert min([before[k] for k in order], default=1) == 1
+
+
+def test_equal_values_stand_by_name():
     files = [stored(record(n, pgd=p)) for n, p in (("d", 1), ("b", 2), ("c", 2))]
     files += [stored(record("e", aa=9)), stored(record("a"), "submissions/a/results/x.json")]
     board = build_leaderboard(files, TOY, 10)
-    assert ranks(board) == [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 5)]
+    assert places(board) == [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("e", 1)]
+    areas = [row["area"] for row in board["tracks"]["soft"]]
+    assert areas == ["submissions", *["baselines"] * 4]
+
+
+def test_an_unofficial_row_stands_behind_the_others_and_takes_no_rank():
+    files = [
+        stored(record("best", clean=60, pgd=60, official=False, overrides=("squeeze.epochs=5",))),
+        stored(record("a", clean=60, pgd=50)),
+        stored(record("z", clean=60, pgd=10)),
+        stored(record("worst", clean=60, pgd=0, official=False)),
+    ]
+    board = build_leaderboard(files, replace(TOY, rank_by="pgd-100"), 10)
+    assert places(board) == [("a", 1), ("z", 2), ("best", None), ("worst", None)]
+
+
+def test_a_superseded_protocol_keeps_its_board_and_says_so():
+    board = build_leaderboard([stored(record())], replace(TOY, superseded_by="toy-2"), 10)
+    assert board["protocol"]["superseded_by"] == "toy-2"
+    assert places(board) == [("guard", 1)]
+    plain = build_leaderboard([stored(record())], TOY, 10)
+    assert plain["protocol"]["superseded_by"] is None
+    assert plain["tracks"] == board["tracks"]
 
 
 def test_tracks_are_never_ranked_together():
@@ -179,9 +271,9 @@ def test_tracks_are_never_ranked_together():
         stored(record("other", aa=5, kind="teacher")),
     ]
     board = build_leaderboard(files, TOY, 10)
-    assert ranks(board, "hard") == [("weak", 1)]
-    assert ranks(board, "soft") == [("strong", 1)]
-    assert ranks(board, "teacher") == [("other", 1)]
+    assert places(board, "hard") == [("weak", 1)]
+    assert places(board, "soft") == [("strong", 1)]
+    assert places(board, "teacher") == [("other", 1)]
 
 
 def test_two_results_of_one_method_both_stand_and_a_copy_does_not():
@@ -203,8 +295,9 @@ def test_two_results_of_one_method_both_stand_and_a_copy_does_not():
     st.randoms(use_true_random=False),
 )
 def test_the_order_of_records_does_not_matter(numbers, shuffler):
+    kinds = ("hard", "soft", "soft")
     files = [
-        stored(record(f"m{i}", clean=clean, aa=aa, kind=["hard", "soft", "teacher"][i % 3]))
+        stored(record(f"m{i % 4}", clean, aa=aa, kind=kinds[i % 3], official=i != 4), f"{i}.json")
         for i, (clean, aa) in enumerate(numbers)
     ]
     before = canonical.dumps(build_leaderboard(files, TOY, 10))
@@ -293,14 +386,16 @@ def checkout(tmp_path, monkeypatch):
 def test_every_record_is_on_its_board(checkout):
     texts = rebuild(checkout)
     assert [path.as_posix() for path in texts] == [
+        "leaderboards/assessment.schema.json",
         "leaderboards/board.schema.json",
         "leaderboards/index.json",
+        "leaderboards/index.schema.json",
         "leaderboards/record.schema.json",
         "leaderboards/toy/ipc1.json",
         "leaderboards/toy/ipc10.json",
     ]
     board = json.loads(texts[Path("leaderboards/toy/ipc10.json")])
-    assert ranks(board) == [("guard", 1), ("mine", 2), ("sre2l", 3)]
+    assert places(board) == [("guard", 1), ("mine", 1), ("sre2l", 1)]
     for row in board["tracks"]["soft"]:
         assert canonical.file_digest(checkout / row["record"]["path"]) == row["record"]["sha256"]
     index = json.loads(texts[Path("leaderboards/index.json")])
@@ -308,6 +403,46 @@ def test_every_record_is_on_its_board(checkout):
         ("toy/ipc1.json", {"hard": 0, "soft": 1, "teacher": 0}),
         ("toy/ipc10.json", {"hard": 1, "soft": 3, "teacher": 0}),
     ]
+
+
+def test_what_was_built_is_read_again(checkout):
+    leaderboard.write(checkout, rebuild(checkout))
+    index = load_index(checkout / "leaderboards/index.json")
+    for entry in index.boards:
+        board = load_board(checkout / "leaderboards" / entry.path)
+        assert (board.protocol.id, board.ipc) == (entry.protocol, entry.ipc)
+        assert {track: len(getattr(board.tracks, track)) for track in entry.rows} == entry.rows
+
+
+@pytest.mark.parametrize(
+    ("text", "links"),
+    [
+        ('paper = "A, 2026"\ncode = "https://a.example"', {"paper": "A, 2026", "code": "https://a.example"}),
+        ('paper = ""\ncode = 5', {}),
+        ('paper = "a\\u202eb"\ncode = "a\\nb"', {}),
+        (f'paper = "{"x" * 401}"\ncode = "{"x" * 400}"', {"code": "x" * 400}),
+        ('[paper]\ncode = "https://a.example"', {}),
+    ],
+)  # fmt: skip
+def test_links_are_read_leniently_from_both_areas(checkout, text, links):
+    (checkout / "baselines/guard/method.toml").write_text(text, encoding="utf-8")
+    (checkout / "submissions/mine/submission.toml").write_text(text, encoding="utf-8")
+    board = json.loads(rebuild(checkout)[Path("leaderboards/toy/ipc10.json")])
+    found = {row["method"]["name"]: row["links"] for row in board["tracks"]["soft"]}
+    assert found == {"guard": links, "mine": links, "sre2l": {}}
+
+
+def test_links_that_cannot_be_read_are_told_by_file(checkout, tmp_path_factory):
+    path = checkout / "submissions/mine/submission.toml"
+    path.write_text("paper =", encoding="utf-8")
+    with pytest.raises(GuardbenchError, match=r"submission\.toml: submission is not valid TOML"):
+        rebuild(checkout)
+    path.unlink()
+    outside = tmp_path_factory.mktemp("outside") / "x.toml"
+    outside.write_text('paper = "secret"', encoding="utf-8")
+    path.symlink_to(outside)
+    with pytest.raises(GuardbenchError, match=r"submission\.toml: not a plain file inside"):
+        rebuild(checkout)
 
 
 def test_no_record_gives_an_empty_index(tmp_path):
@@ -318,9 +453,15 @@ def test_no_record_gives_an_empty_index(tmp_path):
 
 def test_the_schemas_name_every_field_of_what_they_describe(checkout):
     texts = rebuild(checkout)
-    for name, path in (("board", "leaderboards/toy/ipc10.json"), ("record", None)):
+    files = golden_files()
+    described = {
+        "board": build_leaderboard(files, TOY, 10),
+        "index": json.loads(texts[Path("leaderboards/index.json")]),
+        "record": GUARD.model_dump(mode="json"),
+        "assessment": files[1].assessments[0].assessment.model_dump(mode="json"),
+    }
+    for name, found in described.items():
         schema = json.loads(texts[Path(f"leaderboards/{name}.schema.json")])
-        found = json.loads(texts[Path(path)]) if path else GUARD.model_dump(mode="json")
         conforms(found, schema, schema["$defs"])
         found["surprise"] = 1
         with pytest.raises(AssertionError):
@@ -328,7 +469,7 @@ def test_the_schemas_name_every_field_of_what_they_describe(checkout):
 
 
 def conforms(value, schema, defs):
-    """The part of JSON Schema that our two schemas use; no validator is installed here."""
+    """The part of JSON Schema that our schemas use; no validator is installed here."""
     if "$ref" in schema:
         schema = defs[schema["$ref"].removeprefix("#/$defs/")]
     if "anyOf" in schema:
@@ -395,7 +536,8 @@ def test_a_workspace_gets_boards_of_what_was_run_there(tmp_path):
     save_record(tmp_path / "records/toy/ipc10/sre2l.json", record("sre2l", aa=5))
     boards = leaderboard.build_workspace_boards(tmp_path, load=load)
     assert boards == [tmp_path / leaderboard.board_path("toy", 10)]
-    assert ranks(json.loads(boards[0].read_text(encoding="utf-8"))) == [("guard", 1), ("sre2l", 2)]
+    # 30 of 60 images against 15: 37.74 to 62.26, and 15.78 to 37.23.
+    assert places(json.loads(boards[0].read_text(encoding="utf-8"))) == [("guard", 1), ("sre2l", 2)]
     assert (tmp_path / "leaderboards/index.json").is_file()
 
 
@@ -408,7 +550,7 @@ def test_a_stale_record_of_a_workspace_is_an_error_or_a_warning(tmp_path):
         leaderboard.build_workspace_boards(tmp_path, load=load)
     told = []
     (path,) = leaderboard.build_workspace_boards(tmp_path, load=load, warn=told.append)
-    assert ranks(json.loads(path.read_text(encoding="utf-8"))) == [("guard", 1)]
+    assert places(json.loads(path.read_text(encoding="utf-8"))) == [("guard", 1)]
     assert len(told) == 2
     assert told[0].startswith("records/gone/ipc10/x.json: protocol: unknown protocol")
     assert told[1].startswith("records/toy/ipc10/sre2l.json: protocol: measured under toy")
@@ -427,9 +569,9 @@ def test_build_then_check(checkout):
     assert built.exit_code == 0
     assert "wrote leaderboards/toy/ipc10.json" in built.output
     again = call("build", "--root", checkout)
-    assert again.output == "nothing to do: 5 files are up to date\n"
+    assert again.output == "nothing to do: 7 files are up to date\n"
     checked = call("check", "--root", checkout)
-    assert (checked.exit_code, checked.output) == (0, "ok: 5 files are what the records give\n")
+    assert (checked.exit_code, checked.output) == (0, "ok: 7 files are what the records give\n")
 
 
 @pytest.mark.parametrize("name", ["toy/ipc10.json", "index.json", "record.schema.json"])
@@ -522,7 +664,7 @@ def test_a_root_without_baselines_is_one_line(tmp_path, monkeypatch):
 
 
 def test_every_help_has_an_example():
-    for arguments in ([], ["build"], ["check"]):
+    for arguments in ([], ["build"], ["check"], ["diff"], ["assess"]):
         output = call(*arguments, "--help").output
         assert "Example: guardbench leaderboard" in " ".join(output.split())
     assert "Example: guardbench show" in show.__doc__
@@ -532,14 +674,14 @@ def test_nothing_here_loads_torch_and_help_loads_no_pydantic():
     code = (
         "import sys, guardbench.cli.leaderboard, guardbench.cli.show\n"
         "assert 'pydantic' not in sys.modules\n"
-        "import guardbench.report, guardbench.leaderboard\n"
+        "import guardbench.report, guardbench.leaderboard, guardbench.board_diff\n"
         "heavy = {'torch', 'numpy', 'scipy', 'guardbench.protocol'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("path", sorted(methods_folder().glob("*/results/*/*.json")), ids=str)
+@pytest.mark.parametrize("path", record_paths(methods_folder(), "*/results/*/*.json"), ids=str)
 def test_every_stage_of_a_record_is_of_distillation_or_of_evaluation(path: Path) -> None:
     record = load_record(path)
     named = {re.split(r"[\s:/]", cost.stage)[0] for cost in record.cost}

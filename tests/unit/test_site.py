@@ -102,6 +102,10 @@ def page_of(pages, boards, method):
     return pages[f"{shown.folder}/{entry.slug}.html"]
 
 
+def interval(found) -> str:
+    return f"{found.low:.1f}\u2013{found.high:.1f}"
+
+
 def words(text: str) -> str:
     return " ".join(text.split())
 
@@ -152,7 +156,7 @@ def test_a_rows_page_has_every_students_numbers(pages, boards):
     for stage in {cost.stage.split(" ")[0] for cost in entry.record.cost}:
         assert stage in text
     worst = worst_case(entry.record.seeds)
-    assert f"{worst.estimate.low:.1f}–{worst.estimate.high:.1f}" in text
+    assert interval(worst.estimate) in text
     for version in entry.record.provenance.versions.values():
         assert version in text
     for digest in (entry.record.protocol_sha256, entry.record.test.data_sha256):
@@ -166,7 +170,7 @@ def test_a_lowered_row_shows_what_it_was_and_why(pages, boards):
     text = words(page_of(pages, boards, "guard").text)
     assert past.reason in text
     assert past.source.path in text
-    assert f"{past.ranked.mean:.1f}% ({past.ranked.low:.1f}–{past.ranked.high:.1f})" in text
+    assert f"{past.ranked.mean:.1f}% ({interval(past.ranked)})" in text
     board = pages["boards/digits/ipc10.html"]
     assert "revised" in board.text
 
