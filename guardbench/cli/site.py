@@ -80,5 +80,5 @@ def _build(root: Path | None, workspace: Path | None, output: Path) -> None:
     changes = write_site(output, files)
     rows = sum(len(shown.entries) for shown in boards)
     typer.echo(
-        f"site   {len(boards)} boards, {rows} rows; {len(files)} files, {changes} written or removed"
+        f"site   boards: {len(boards)}, rows: {rows}, files: {len(files)} ({changes} written or removed)"
     )

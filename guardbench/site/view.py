@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from guardbench.curve_files import Curve
 from guardbench.meaning import MEANING
 from guardbench.metrics import Measurement, estimate, wilson, worst_case
+from guardbench.protocol import protocol_ids
 from guardbench.records import Check, Outcome, ResultRecord
 from guardbench.site.read import Entry, Shown
 
@@ -131,7 +132,9 @@ def command(entry: Entry, *, workspace: bool) -> str:
     if entry.row.area == "submissions" and not workspace:
         return shlex.join(["guardbench", "submission", "score", "/".join(path.parts[:2])])
     words = ["guardbench", "run", "--method", record.method.name]
-    words += ["--protocol", record.protocol, "--ipc", str(record.ipc)]
+    own = record.protocol not in protocol_ids()  # a copy of it lies in the workspace
+    protocol = f"protocols/{record.protocol}.toml" if own else record.protocol
+    words += ["--protocol", protocol, "--ipc", str(record.ipc)]
     seed = re.search(r"-seed(\d+)$", path.stem)
     if seed:
         words += ["--seed", seed[1]]

@@ -208,6 +208,16 @@ def test_scores_stand_on_the_board_where_there_are_any(boards):
     assert "HLR not measured" in page
 
 
+def test_a_superseded_board_says_so(boards):
+    shown = boards[0]
+    head = shown.board.protocol.model_copy(update={"superseded_by": "digits-2"})
+    old = replace(shown, board=shown.board.model_copy(update={"protocol": head}))
+    made = render([old])
+    assert "superseded by digits-2;" in words(Page(made[f"{shown.folder}.html"]).text)
+    assert "superseded" in Page(made["index.html"]).text
+    assert "superseded" not in Page(render([shown])["index.html"]).text
+
+
 def test_a_curve_belongs_to_the_record_with_the_longest_name(checkout):
     folder = checkout / "baselines/guard/results/digits"
     other = load_record(folder / "ipc10-seed0.json")
@@ -365,6 +375,13 @@ def test_the_command_measures_the_row_again(boards):
     ]  # fmt: skip
     _, entry = entry_of(boards, "stranger")
     assert command(entry, workspace=False) == "guardbench submission score submissions/stranger"
+
+
+def test_a_protocol_of_ones_own_is_named_by_its_file(boards):
+    _, entry = entry_of(boards, "guard")
+    record = entry.record.model_copy(update={"protocol": "mine"})
+    found = shlex.split(command(replace(entry, record=record), workspace=True))
+    assert found[found.index("--protocol") + 1] == "protocols/mine.toml"
 
 
 def test_a_hostile_setting_stays_one_word_of_the_command(boards):
@@ -605,9 +622,9 @@ def test_build_says_what_it_made(made_checkout, tmp_path):
     words = ["build", "--root", str(made_checkout), "--output", str(tmp_path / "site")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0
-    assert "2 boards, 9 rows" in result.output
+    assert "boards: 2, rows: 9, files: 17 (17 written or removed)" in result.output
     assert (tmp_path / "site/index.html").is_file()
-    assert "0 written or removed" in CliRunner().invoke(app, words).output
+    assert "(0 written or removed)" in CliRunner().invoke(app, words).output
 
 
 def test_the_server_answers_with_the_site_and_lists_no_folder(files, tmp_path):
