@@ -188,6 +188,7 @@
     return value < 3600 ? `${value / 60} min` : `${value / 3600} h`;
   };
   const TIMES = [0.1, 1, 10, 60, 600, 3600, 36000, 360000, 3600000];
+  const FINER = [0.3, 3, 30, 180, 1800, 10800, 108000, 1080000];
 
   const scatters = (data, rows) => {
     const robust = { title: { text: `robust: ${plain(data.ranked_by)}, %` }, range: around(rows.map((row) => row.ranked)) };
@@ -203,9 +204,10 @@
     const time = (row) => Math.max(row.seconds, SHORTEST);
     const log = (row) => Math.log10(time(row));
     const range = [Math.min(...rows.map(log)) - 0.5, Math.max(...rows.map(log)) + 1];
+    const times = range[1] - range[0] < 3 ? [...TIMES, ...FINER] : TIMES;
     plot("chart-cost", scatter(rows, time, labels(rows, log, [range, robust.range])),
       layout({
-        title: { text: "time to distil" }, type: "log", tickvals: TIMES, ticktext: TIMES.map(seconds), range,
+        title: { text: "time to distil" }, type: "log", tickvals: times, ticktext: times.map(seconds), range,
       }, robust));
   };
 
