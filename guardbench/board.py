@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from guardbench.ddranking import Scores
 from guardbench.metrics import Measurement, WorstMeasurement
 from guardbench.records import Artifact, Method, Name, Sha256, Strict, only_const
 
@@ -43,21 +44,6 @@ class RowProvenance(Strict):
     test_data_sha256: Sha256
 
 
-class Scores(Strict):
-    """DD-Ranking's scores (arXiv:2505.13300; `guardbench.metrics`); None for one that is not known.
-
-    Attributes:
-        ior: improvement over the random subset of the same size trained the same way, in [-1, 1].
-        hlr: hard-label recovery, in [-1, 1].
-        lrs, ars: label-robust and augmentation-robust score, in [0, 1].
-    """
-
-    ior: float | None
-    hlr: float | None
-    lrs: float | None
-    ars: float | None
-
-
 class Past(Strict):
     """An earlier value of a row.
 
@@ -83,7 +69,7 @@ class Row(Strict):
         ranked: what the row is ranked by, after any later, stronger evaluation has lowered it.
         clean, attacks: as the record measured them.
         worst_case: over the bounded attacks, lowered likewise.
-        scores: beside the random subset; None where there is nothing to compare with.
+        scores: DD-Ranking's; None where the record holds no references.
         history: earlier values of `ranked`, oldest first.
     """
 

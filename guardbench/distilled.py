@@ -127,8 +127,7 @@ def save_distilled(
         provenance=provenance,
         files=files,
     )
-    names = class_names(dataset) if dataset in CATALOG else ()
-    save_preview(folder / PREVIEW, images, hard, names or classes)
+    save_preview(folder / PREVIEW, images, hard, readable_classes(dataset, classes))
     write_text(folder / MANIFEST, canonical.dumps(manifest.model_dump(mode="json")))
     return DistilledDataset(images, hard, soft, teacher, manifest)
 
@@ -144,6 +143,11 @@ def load_distilled(folder: Path) -> DistilledDataset:
         manifest = Manifest.model_validate_json(read_text(path, what="manifest", limit=4 << 20))
     except ValidationError as error:
         raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
+    needed = {IMAGES, TEACHER} if manifest.label_kind == "teacher" else {IMAGES}
+    if needed - manifest.files.keys():
+        raise GuardbenchError(
+            f"{path}: files: lacks {' and '.join(sorted(needed - manifest.files.keys()))}."
+        )
     for name in sorted(manifest.files):
         file = folder / Path(name).name
         if not file.is_file() or canonical.file_digest(file) != manifest.files[name]:
@@ -158,6 +162,7 @@ def load_distilled(folder: Path) -> DistilledDataset:
     check_images(
         images, hard, ipc=manifest.ipc, classes=len(manifest.classes), where=str(folder / IMAGES)
     )
+    _check_as_declared(images, soft, manifest, where=str(folder / IMAGES))
     teacher = None
     if manifest.label_kind == "teacher":
         teacher = build_model(
@@ -178,8 +183,11 @@ def check_images(images: Tensor, hard: Tensor, *, ipc: int, classes: int, where:
     Args:
         ipc: how many images every class must have; 0 for as many as there are, one at least.
     """
-    if images.ndim != 4 or images.dtype != torch.float32 or len(images) != len(hard):
+    shaped = images.ndim == 4 and images.dtype == torch.float32 and images.numel() > 0
+    if not shaped or hard.shape != images.shape[:1]:
         raise GuardbenchError(f"{where}: images must be float32 [N, C, H, W], one label each.")
+    if hard.dtype != torch.int64 or not 0 <= int(hard.min()) <= int(hard.max()) < classes:
+        raise GuardbenchError(f"{where}: labels must be int64, from 0 to {classes - 1}.")
     if not bool(torch.isfinite(images).all()):
         raise GuardbenchError(f"{where}: images hold values that are not finite.")
     low, high = images.min().item(), images.max().item()
@@ -195,6 +203,33 @@ def check_images(images: Tensor, hard: Tensor, *, ipc: int, classes: int, where:
         raise GuardbenchError(
             f"{where}: class {worst} has {int(counts[worst])} images where IPC is {ipc}."
         )
+
+
+def _check_as_declared(
+    images: Tensor, soft: Tensor | None, manifest: Manifest, *, where: str
+) -> None:
+    """Raises a GuardbenchError where tensors differ from what their manifest says of them."""
+    declared = (manifest.channels, manifest.resolution, manifest.resolution)
+    if images.shape[1:] != declared:
+        raise GuardbenchError(
+            f"{where}: images are {list(images.shape[1:])} where the manifest says {list(declared)}."
+        )
+    if manifest.label_kind != "teacher" and (soft is not None) != (manifest.label_kind == "soft"):
+        raise GuardbenchError(
+            f"{where}: soft labels are {'missing' if soft is None else 'there'} where the manifest "
+            f"says {manifest.label_kind} labels."
+        )
+    if soft is not None and (
+        soft.dtype != torch.float32
+        or soft.shape != (len(images), len(manifest.classes))
+        or not bool(torch.isfinite(soft).all())
+    ):
+        raise GuardbenchError(f"{where}: soft labels must be finite float32 [N, K].")
+
+
+def readable_classes(dataset: str, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Names for people, in label order: the catalogue's where it has them, else `classes`."""
+    return (class_names(dataset) if dataset in CATALOG else ()) or classes
 
 
 def save_preview(

@@ -11,7 +11,8 @@ from guardbench.data.dataset import RealDataset
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
 from guardbench.protocol import Protocol, list_digest
-from guardbench.records import Artifact, Engine, SeedRun, TestSet
+from guardbench.records import Artifact, Engine, LabelKind, SeedRun, TestSet
+from guardbench.references import ReferencePlan, measure_references, plan_references
 from guardbench.runtime import Run
 from guardbench.scoring import Costs, ScoringPlan, plan_scoring, score
 from guardbench.tier import stratified
@@ -34,11 +35,13 @@ class EvaluationPlan:
         labels: the teacher's; None where the labels need none.
         seeds: one student each.
         sample: images of the dev tier, None for the official one.
+        references: the students that it is compared with; empty where none are wanted.
     """
 
     labels: PlannedStage | None
     seeds: tuple[SeedPlan, ...]
     sample: int | None = None
+    references: tuple[ReferencePlan, ...] = ()
 
     @property
     def stages(self) -> list[PlannedStage]:
@@ -46,7 +49,7 @@ class EvaluationPlan:
         found = [] if self.labels is None else [self.labels]
         for plan in self.seeds:
             found += [plan.student, *plan.scoring.stages]
-        return found
+        return found + [stage for plan in self.references for stage in plan.stages]
 
 
 def plan_evaluation(
@@ -55,23 +58,25 @@ def plan_evaluation(
     *,
     artifact: str,
     images: int,
-    teacher: bool,
+    kind: LabelKind,
     test_digest: str | None,
     engine: Engine = "guardbench",
     sample: int | None = None,
+    references: bool = False,
 ) -> EvaluationPlan:
     """Plans the evaluation of a distilled dataset; needs no images.
 
     Args:
         artifact: key of what makes the dataset, so that all stages hang on it.
         images: how many the distilled dataset has.
-        teacher: whether a teacher labels its views.
+        kind: of its labels.
         test_digest: of the decoded validation images; None while they have not been decoded.
         engine: whose AutoAttack and Square run.
         sample: images of the dev tier (`tier.sample_size`), None for the official one.
+        references: whether to train the students that DD-Ranking's scores need.
     """
     student = protocol.student
-    labels = plan_relabel(run, artifact, student, images) if teacher else None
+    labels = plan_relabel(run, artifact, student, images) if kind == "teacher" else None
     seeds = []
     for position, seed in enumerate(student.seeds):
         training = plan_student(run, artifact, student, images, seed)
@@ -86,7 +91,10 @@ def plan_evaluation(
             sample=sample,
         )
         seeds.append(SeedPlan(training, scoring))
-    return EvaluationPlan(labels, tuple(seeds), sample)
+    compared: tuple[ReferencePlan, ...] = ()
+    if references:
+        compared = plan_references(run, protocol, artifact=artifact, images=images, kind=kind)
+    return EvaluationPlan(labels, tuple(seeds), sample, compared)
 
 
 def evaluate(
@@ -94,12 +102,14 @@ def evaluate(
     protocol: Protocol,
     plan: EvaluationPlan,
     distilled: DistilledDataset,
+    train: RealDataset,
     test: RealDataset,
 ) -> tuple[tuple[SeedRun, ...], Costs]:
     """Trains the protocol's students on a distilled dataset and attacks them.
 
     Args:
         plan: of `plan_evaluation`; finished stages are read, not run.
+        train: the dataset's training split, for the references alone.
         test: the dataset's validation split; only the protocol's images are measured.
 
     Returns:
@@ -121,6 +131,9 @@ def evaluate(
                 run, distilled, protocol.student, seed.scoring.seed, seed.student, plan.labels
             )
         runs.append(score(run, protocol, seed.scoring, model, x, y, costs))
+    beside = measure_references(run, plan.references, distilled, train, x, y, costs)
+    for place, references in enumerate(beside):
+        runs[place] = SeedRun.model_validate({**dict(runs[place]), "references": references})
     return tuple(runs), costs
 
 

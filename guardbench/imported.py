@@ -6,34 +6,22 @@ import hashlib
 import importlib
 import sys
 import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError, brief
-from guardbench.models import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, Classifier, build_model
+from guardbench.models import ARCHITECTURES, Classifier, build_model
+from guardbench.normalisation import NORMALISATIONS, numbers_text, read_normalisation
 from guardbench.protocol import unknown
 from guardbench.records import Classifier as Described
 from guardbench.records import printable
+from guardbench.tensor_files import load_safetensors, load_torch
 
-Triple = tuple[float, ...]
-
-NORMALISATIONS: dict[str, tuple[Triple, Triple]] = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "half": ((0.5,), (0.5,)),
-    "none": ((0.0,), (1.0,)),
-}
-"""Mean and standard deviation a channel, of pixels in [0, 1]; one number stands for all channels."""
-
-WEIGHTS_LIMIT = 8 << 30
 WRAPPERS = ("state_dict", "model_state_dict", "net_state_dict", "model_state", "params", "model",
             "net", "ema_state_dict", "state_dict_ema", "ema")  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "1.")
@@ -84,7 +72,7 @@ def from_file(
                 f"--normalisation {normalisation}: {weights} holds its own (mean and std); leave it out."
             )
         _fit(model, state, weights, arch)
-        said = f"in the file: {_numbers(model.mean)}/{_numbers(model.std)}"
+        said = f"in the file: {numbers_text(model.mean)}/{numbers_text(model.std)}"
     else:
         state, inside = _normaliser(state, channels)
         if inside is not None and normalisation is not None:
@@ -101,11 +89,11 @@ def from_file(
         else:
             assert normalisation is not None
             source = normalisation
-            model.mean, model.std = _normalisation(normalisation, channels)
+            model.mean, model.std = read_normalisation(normalisation, channels)
         state, taken = _without_prefix(state, model.backbone)
         steps += taken
         _fit(model.backbone, state, weights, arch)
-        said = f"{source}: {_numbers(model.mean)}/{_numbers(model.std)}"
+        said = f"{source}: {numbers_text(model.mean)}/{numbers_text(model.std)}"
     return describe(
         model, name=name, arch=arch, sha=sha, weights=", ".join(steps) or "as they are", said=said
     )
@@ -195,23 +183,10 @@ def _architecture(arch: str, channels: int, classes: int, resolution: int) -> Cl
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a weights file by key, and what was taken off around them."""
-    if not path.is_file():
-        raise GuardbenchError(f"--weights {path}: no such file.")
-    if path.stat().st_size > WEIGHTS_LIMIT:
-        raise GuardbenchError(f"--weights {path}: over {WEIGHTS_LIMIT >> 30} GiB.")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path)), []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on pickles, before it refuses them
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    # Broad on purpose: torch's restricted unpickler raises struct.error, KeyError and more for a
-    # damaged or hostile file, and each means the same to the user.
-    except Exception as error:
-        raise GuardbenchError(
-            f"--weights {path}: cannot be read as tensors alone ({brief(error)}); code in it is never "
-            "run. Save model.state_dict() with safetensors."
-        ) from error
+    where = f"--weights {path}"
+    if path.suffix == ".safetensors":
+        return load_safetensors(path, where=where), []
+    found = load_torch(path, where=where)
     steps = []
     while isinstance(found, Mapping):
         inner = next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
@@ -292,34 +267,3 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> N
         if not value.float().isfinite().all():
             raise GuardbenchError(f"--weights {path}: {printable(key, 80)} holds NaN or infinity.")
     model.load_state_dict(state, strict=False)
-
-
-def _normalisation(text: str, channels: int) -> tuple[Tensor, Tensor]:
-    if text in NORMALISATIONS:
-        mean, std = NORMALISATIONS[text]
-    elif "/" in text:
-        try:
-            mean, std = (tuple(float(v) for v in part.split(",")) for part in text.split("/"))
-        except ValueError:
-            raise GuardbenchError(
-                f"--normalisation {text}: write numbers as MEAN,MEAN,MEAN/STD,STD,STD."
-            ) from None
-    else:
-        raise unknown("normalisation", text, [*NORMALISATIONS, "MEAN,.../STD,..."])
-    for values in (mean, std):
-        if len(values) not in (1, channels):
-            raise GuardbenchError(
-                f"--normalisation {text}: {len(values)} numbers for images of {channels} channels."
-            )
-    if not all(0 < value < float("inf") for value in std) or not all(abs(v) < 256 for v in mean):
-        raise GuardbenchError(
-            f"--normalisation {text}: numbers out of range; pixels are in [0, 1]."
-        )
-    spread = [
-        torch.tensor(values).expand(channels).clone().view(-1, 1, 1) for values in (mean, std)
-    ]
-    return spread[0], spread[1]
-
-
-def _numbers(values: Tensor) -> str:
-    return ",".join(f"{value:.4g}" for value in values.flatten().tolist())

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from guardbench import canonical
 from guardbench.board import Area, Board, Index, IndexEntry
 from guardbench.board_files import FOLDER, is_board
+from guardbench.ddranking import whole_set
 from guardbench.errors import GuardbenchError
 from guardbench.ranking import BoardProtocol, RecordFile, build_leaderboard, mismatch
 from guardbench.reassessment import FOLDER as ASSESSMENTS
@@ -149,13 +150,22 @@ def _render(
             warn(str(error))
         else:
             groups.setdefault((file.record.protocol, file.record.ipc), []).append(file)
-    boards = {key: build_leaderboard(groups[key], protocols[key[0]], key[1]) for key in groups}
+    boards = {
+        (name, ipc): build_leaderboard(group, protocols[name], ipc, _whole_set(name, groups))
+        for (name, ipc), group in groups.items()
+    }
     texts = {board_path(*key): canonical.dumps(board) for key, board in boards.items()}
     texts[Path(FOLDER) / "index.json"] = canonical.dumps(_index(boards))
     for name, model in SCHEMAS.items():
         schema = model.model_json_schema(mode="serialization")
         texts[Path(FOLDER) / f"{name}.schema.json"] = canonical.dumps(schema)
     return dict(sorted(texts.items()))
+
+
+def _whole_set(protocol: str, groups: Mapping[tuple[str, int], list[RecordFile]]) -> float | None:
+    """See `ddranking.whole_set`, over all IPCs of a protocol."""
+    files = [file for (name, _), group in groups.items() if name == protocol for file in group]
+    return whole_set(file.record for file in sorted(files, key=lambda file: file.path))
 
 
 def _protocol_of(file: RecordFile, known: dict[str, BoardProtocol], load: Loader) -> BoardProtocol:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -28,18 +29,17 @@ from guardbench.evaluation import (
     measured_test,
     plan_evaluation,
 )
-from guardbench.leaderboard import board_path, build_workspace_boards, rebuild, write
+from guardbench.filing import Place, checkout_for, file_record
 from guardbench.methods import MethodFile, load_method, overridden
 from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.provenance import provenance
-from guardbench.record_files import save_record
 from guardbench.records import Engine, Method, ResultRecord, Tier
 from guardbench.registry import DISTILLERS, REGULARISERS, resolve
 from guardbench.runtime import Run, make_accelerator, stage_cost
 from guardbench.scoring import engines_used
-from guardbench.store import check_writable, explained, read_text, write_text
+from guardbench.store import check_writable, explained
 from guardbench.tier import sample_size
 from guardbench.training import STUDENT
 
@@ -62,6 +62,7 @@ class Settings:
     engine: Engine
     tier: Tier
     images: int | None
+    references: bool = False
     overrides: tuple[str, ...] = ()
 
 
@@ -92,18 +93,24 @@ class Plan:
         return [*self.distilling, *self.evaluating.stages]
 
     @property
-    def record_path(self) -> Path:
-        """Where the record goes in the workspace."""
-        name = f"{self.method.name}{self.own}-seed{self.settings.seed}.json"
-        # Boards are built from `records`, where a dev record has no place.
-        folder = self.settings.output / ("records" if self.settings.tier == "official" else "dev")
-        return folder / self.protocol.id / f"ipc{self.settings.ipc}" / name
-
-    @property
     def own(self) -> str:
         """Nothing for the committed recipe, else a mark of what was set, so that both can stand."""
         settings = sorted(self.settings.overrides)
         return f"-set-{canonical.digest(settings)[:8]}" if settings else ""
+
+    @property
+    def place(self) -> Place:
+        """Where the record goes."""
+        protocol = self.settings.protocol
+        own = protocol is not None and protocol.endswith(".toml")
+        return Place(
+            workspace=self.settings.output,
+            area="baselines",
+            name=self.method.name,
+            mark=f"{self.own}-seed{self.settings.seed}",
+            own_protocol=Path(protocol) if own and protocol is not None else None,
+            checkout=self.checkout,
+        )
 
 
 @dataclass(frozen=True)
@@ -164,11 +171,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
     recipe = overridden(recipe, settings.overrides, partial(_fields, distiller))
     located = locate(protocol.dataset, settings.data_dir, cache_dir=settings.cache_dir)
     accelerator = make_accelerator(settings.device, settings.precision, protocol.resolution)
-    checkout = _checkout() if settings.publish else None
-    if settings.publish and protocol.id not in protocol_ids():
-        raise GuardbenchError(
-            f"--publish: {protocol.id} is your own protocol; only published ones have public boards."
-        )
+    checkout = checkout_for(protocol) if settings.publish else None
     check_writable(settings.output)
     info = dataset_info(protocol.dataset)
     sample = sample_size(protocol, info.num_classes, settings.tier, settings.images)
@@ -212,10 +215,11 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
             protocol,
             artifact=distilling[-1].folder.key,
             images=distiller.image_count(task),
-            teacher=distiller.label_kind(task) == "teacher",
+            kind=distiller.label_kind(task),
             test_digest=test_digest,
             engine=settings.engine,
             sample=sample,
+            references=settings.references,
         ),
         checkout=checkout,
     )
@@ -241,7 +245,7 @@ def execute(plan: Plan) -> Finished:
             stage_cost(stage.folder.finished() or {}, shared=shared)
             for stage, shared in zip(plan.distilling, done, strict=True)
         ]
-        seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, test)
+        seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, train, test)
         record = ResultRecord(
             tier=settings.tier,
             protocol=protocol.id,
@@ -260,34 +264,23 @@ def execute(plan: Plan) -> Finished:
             ),
             flags=flags(seeds),
         )
-        save_record(plan.record_path, record)
         folder = plan.distilling[-1].folder.path / "distilled"
         paths = {
             "artifact": folder / MANIFEST,
-            "record": plan.record_path,
             "images": folder / PREVIEW,
-            **_networks(plan),
+            **networks(plan.distilling, plan.evaluating),
+            **file_record(record, plan.place, warnings.append),
         }
-        if settings.tier == "official":
-            _keep_protocol(settings)
-            build_workspace_boards(
-                settings.output,
-                load=partial(_known_protocol, settings.output),
-                warn=warnings.append,
-            )
-            paths["board"] = settings.output / board_path(protocol.id, settings.ipc)
-        if plan.checkout is not None:
-            paths |= _publish(plan, plan.checkout, record)
     return Finished(record, paths, tuple(warnings))
 
 
-def _networks(plan: Plan) -> dict[str, Path]:
+def networks(distilling: Sequence[PlannedStage], evaluating: EvaluationPlan) -> dict[str, Path]:
     """Where the weights lie that `evaluate` and `diagnose` take."""
-    paths = [stage.folder.path / TEACHER for stage in plan.distilling]
+    paths = [stage.folder.path / TEACHER for stage in distilling]
     teachers = [path for path in paths if path.is_file()]
     students = {
         f"student {seed.scoring.seed}": seed.student.folder.path / STUDENT
-        for seed in plan.evaluating.seeds
+        for seed in evaluating.seeds
     }
     return {**({"teacher": teachers[0]} if teachers else {}), **students}
 
@@ -300,28 +293,28 @@ def _fields(distiller: Distiller, kind: str) -> dict[str, list[str]]:
     return {**found, "regulariser": ["kind", *numbers]}
 
 
-def expected_seconds(plan: Plan) -> float:
-    """A forecast of what is left, from a short probe of the student on this device."""
-    left = [stage for stage in plan.stages if stage.folder.finished() is None]
+def expected_seconds(run: Run, protocol: Protocol, stages: Sequence[PlannedStage]) -> float:
+    """A forecast of what is left of `stages`, from a short probe of the student on this device."""
+    left = [stage for stage in stages if stage.folder.finished() is None]
     if not left:
         return 0.0
-    fast = _images_per_second(plan, plan.task.run.precision)
-    exact = fast if plan.task.run.precision == "fp32" else _images_per_second(plan, "fp32")
+    fast = _images_per_second(run, protocol, run.precision)
+    exact = fast if run.precision == "fp32" else _images_per_second(run, protocol, "fp32")
     return sum(stage.passes / (exact if stage.fp32 else fast) for stage in left)
 
 
-def _images_per_second(plan: Plan, precision: str) -> float:
+def _images_per_second(run: Run, protocol: Protocol, precision: str) -> float:
     """Forward+backward rate of the protocol's student at the protocol's resolution."""
-    protocol, device = plan.protocol, plan.task.run.device
+    info, device = dataset_info(protocol.dataset), run.device
     model = build_model(
         protocol.student.arch,
-        channels=plan.task.channels,
-        classes=len(plan.task.classes),
+        channels=info.channels,
+        classes=info.num_classes,
         resolution=protocol.resolution,
         seed=0,
     ).to(device)
     count = 64 if protocol.resolution <= 64 else 16
-    images = torch.rand(count, plan.task.channels, protocol.resolution, protocol.resolution)
+    images = torch.rand(count, info.channels, protocol.resolution, protocol.resolution)
     images = images.to(device)
     rate = 0.0
     for _ in range(3):  # the first pass pays for initialisation
@@ -357,35 +350,3 @@ def _method(plan: Plan) -> Method:
         recipe_sha256=canonical.digest(recipe.model_dump(mode="json", exclude={"source"})),
         official=not plan.settings.overrides,
     )
-
-
-def _checkout() -> Path:
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "baselines").is_dir() and (folder / "pyproject.toml").is_file():
-            return folder
-    raise GuardbenchError("--publish: no checkout of guardbench here; run it inside one.")
-
-
-def _keep_protocol(settings: Settings) -> None:
-    """Keeps a copy of a user's own protocol, so that the workspace's boards can be rebuilt."""
-    if settings.protocol is not None and settings.protocol.endswith(".toml"):
-        source = Path(settings.protocol)
-        write_text(settings.output / "protocols" / source.name, read_text(source, what="protocol"))
-
-
-def _known_protocol(workspace: Path, name: str) -> Protocol:
-    """A published protocol, or one of the workspace's own."""
-    own = workspace / "protocols" / f"{name}.toml"
-    return load_protocol(str(own) if name not in protocol_ids() and own.is_file() else name)
-
-
-def _publish(plan: Plan, checkout: Path, record: ResultRecord) -> dict[str, Path]:
-    folder = checkout / "baselines" / plan.method.name / "results" / plan.protocol.id
-    path = folder / f"ipc{plan.settings.ipc}{plan.own}-seed{plan.settings.seed}.json"
-    save_record(path, record)
-    write(checkout, rebuild(checkout))
-    return {
-        "published": path,
-        "public board": checkout / board_path(plan.protocol.id, plan.settings.ipc),
-    }

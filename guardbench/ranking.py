@@ -20,6 +20,7 @@ from guardbench.board import (
     Tracks,
     ranks,
 )
+from guardbench.ddranking import scores
 from guardbench.errors import GuardbenchError
 from guardbench.metrics import (
     Estimate,
@@ -35,7 +36,7 @@ from guardbench.threat import ThreatModel
 
 # First word of the stages that evaluate; so do stages that begin with an attack's name. The others
 # (squeeze, recover, relabel, ...) distil.
-EVALUATION_STAGES = frozenset({"student", "clean", "checks"})
+EVALUATION_STAGES = frozenset({"student", "clean", "checks", "reference"})
 
 
 class BoardProtocol(Protocol):
@@ -92,8 +93,11 @@ class RecordFile:
 
     @property
     def area(self) -> Area:
-        """Whose it is, by the first folder of its path."""
-        return "submissions" if self.path.startswith("submissions/") else "baselines"
+        """Whose it is: by its folder in a checkout, by what made it in a workspace."""
+        theirs = self.path.startswith("submissions/")
+        return (
+            "submissions" if theirs or self.record.method.distiller == "submission" else "baselines"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class _Entry:
 
 
 def build_leaderboard(
-    records: Iterable[RecordFile], protocol: BoardProtocol, ipc: int
+    records: Iterable[RecordFile], protocol: BoardProtocol, ipc: int, whole: float | None = None
 ) -> dict[str, Any]:
     """The board of `protocol` at `ipc` images per class, as the JSON words of a `Board`.
 
@@ -130,6 +134,7 @@ def build_leaderboard(
         records: in any order.
         protocol: the one that all of them were measured under.
         ipc: images per class.
+        whole: accuracy in [0, 1] of students of the whole training set (`ddranking.whole_set`).
 
     Raises:
         GuardbenchError: a record was measured otherwise, or has no worst case to be ranked by, or an
@@ -147,7 +152,7 @@ def build_leaderboard(
             unique[file.record.result_sha256] = replace(kept, assessments=both)
     entries = sorted((_entry(f, protocol.rank_by) for f in unique.values()), key=lambda e: e.order)
     tracks = {
-        kind: _ranked([e for e in entries if e.file.record.artifact.label_kind == kind])
+        kind: _ranked([e for e in entries if e.file.record.artifact.label_kind == kind], whole)
         for kind in get_args(LabelKind)
     }
     head = BoardHead(
@@ -251,7 +256,7 @@ def _entry(file: RecordFile, rank_by: str) -> _Entry:
     )
 
 
-def _ranked(entries: Sequence[_Entry]) -> tuple[Row, ...]:
+def _ranked(entries: Sequence[_Entry], whole: float | None) -> tuple[Row, ...]:
     """Rows of one track; `entries` stand in order, best first."""
     found = [Measurement.of(entry.ranked) for entry in entries]
     places = ranks(
@@ -260,10 +265,10 @@ def _ranked(entries: Sequence[_Entry]) -> tuple[Row, ...]:
             for entry, value in zip(entries, found, strict=True)
         ]
     )
-    return tuple(_row(entry, rank) for entry, rank in zip(entries, places, strict=True))
+    return tuple(_row(entry, rank, whole) for entry, rank in zip(entries, places, strict=True))
 
 
-def _row(entry: _Entry, rank: int | None) -> Row:
+def _row(entry: _Entry, rank: int | None, whole: float | None) -> Row:
     record = entry.file.record
     return Row(
         rank=rank,
@@ -274,7 +279,7 @@ def _row(entry: _Entry, rank: int | None) -> Row:
         clean=Measurement.of(entry.clean),
         attacks={name: Measurement.of(found) for name, found in entry.attacks.items()},
         worst_case=entry.worst and WorstMeasurement.of_worst(entry.worst),
-        scores=None,
+        scores=scores(record, whole),
         cost=_cost(record),
         storage=record.artifact,
         flags=record.flags,

@@ -16,21 +16,25 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from guardbench import canonical
 
-SCHEMA_VERSION: Literal[3] = 3
+SCHEMA_VERSION: Literal[4] = 4
 RESERVED = ("clean", "worst_case")
 
 LabelKind = Literal["hard", "soft", "teacher"]
 Engine = Literal["guardbench", "reference"]
 """Whose loops run AutoAttack and Square: this package's, or pyautoattack's untouched."""
+Reference = Literal["random", "hard", "plain", "random-plain"]
+"""What a student is compared with (DD-Ranking, arXiv:2505.13300): one trained on a random subset of the
+same size in the same way, on the same images with hard labels, without augmentation, and on the random
+subset without augmentation."""
 Tier = Literal["official", "dev"]
 """Whether a number may stand on a board, or is of work in progress (`guardbench.tier`)."""
 
 # Control, bidirectional and zero-width characters would let a name rewrite a reader's terminal.
-_HIDDEN = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+HIDDEN = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
 _NAME = r"^[a-z0-9][a-z0-9._+-]{0,63}$"
 
 Name = Annotated[str, Field(pattern=_NAME)]
-Line = Annotated[str, Field(min_length=1, max_length=200, pattern=f"^[^{_HIDDEN}]+$")]
+Line = Annotated[str, Field(min_length=1, max_length=200, pattern=f"^[^{HIDDEN}]+$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Bytes = Annotated[int, Field(ge=0, le=1 << 53)]
 
@@ -147,12 +151,15 @@ class SeedRun(Strict):
         clean: without an attack.
         attacks: the attack's name in the protocol -> outcome, on images that `clean` covers.
         checks: the check's name -> what it found (`guardbench.checks`); empty where none was made.
+        references: students of the same seed to compare it with, clean, on the images of `clean`;
+            empty where none was trained.
     """
 
     seed: int = Field(ge=0, lt=1 << 63)
     clean: Outcome
     attacks: dict[str, Outcome] = Field(min_length=1, max_length=64)
     checks: dict[str, Check] = Field(default_factory=dict, max_length=64)
+    references: dict[Reference, Outcome] = Field(default_factory=dict)
 
     @field_validator("attacks", "checks")
     @classmethod
@@ -168,6 +175,9 @@ class SeedRun(Strict):
         clean = self.clean
         if clean.max_distance != 0:
             raise ValueError("clean.max_distance: must be 0, nothing was perturbed")
+        for way, other in self.references.items():
+            if (other.first, other.total, other.max_distance) != (clean.first, clean.total, 0):
+                raise ValueError(f"references.{way}: must be clean, on the images of clean")
         right = clean.flags()
         for name, outcome in self.attacks.items():
             if outcome.first < clean.first or outcome.end > clean.end:
@@ -329,7 +339,7 @@ class _Measured(Strict):
         flags: warnings that stand beside the row, such as signs of gradient masking.
     """
 
-    schema_version: Literal[3] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
+    schema_version: Literal[4] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
     tier: Tier
     protocol: Name
     protocol_sha256: Sha256
@@ -355,6 +365,8 @@ class _Measured(Strict):
                 )
             if {name: outcome.bounded for name, outcome in run.attacks.items()} != expected:
                 raise ValueError("seeds: an attack is bounded for one seed and not for another")
+            if run.references.keys() != self.seeds[0].references.keys():
+                raise ValueError("seeds: one has references that another lacks")
             if run.clean.end > self.test.total:
                 raise ValueError(
                     f"seeds: seed {run.seed} measures image {run.clean.end - 1} of a list of "
@@ -373,6 +385,8 @@ class _Measured(Strict):
         words = self.model_dump(mode="json", exclude={"cost", "provenance", "schema_version"})
         for run in words["seeds"]:
             del run["checks"]
+            if not run["references"]:  # of version 4; a result keeps its digest
+                del run["references"]
         if not words.get("overrides"):  # of version 3; a result keeps its digest
             words.pop("overrides", None)
         if self.tier == "official":  # which all were before there were tiers

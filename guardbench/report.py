@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from guardbench.ddranking import in_words
 from guardbench.leaderboard import stale_boards
 from guardbench.metrics import Estimate, beard, estimate, worst_case
 from guardbench.progress import clock
-from guardbench.records import AnyRecord, ClassifierRecord, StageCost, printable
+from guardbench.records import AnyRecord, ClassifierRecord, ResultRecord, StageCost, printable
 
 if TYPE_CHECKING:  # numpy, which `show` does not need
     from guardbench.compare import Comparison, Counts, Row, Side
@@ -171,6 +172,8 @@ def _footnotes(record: AnyRecord) -> list[str]:
             f"BEARD (arXiv:2411.09265), over {', '.join(found_by.attacks)}: RR {found_by.ratio:.1f}%, "
             f"AE {found_by.efficiency:.1f}% of their own times, CREI {found_by.crei:.1f}%."
         )
+    if isinstance(record, ResultRecord) and (beside := in_words(record)) is not None:
+        lines.append(beside)
     if record.tier == "dev":
         lines.append(
             f"Images: {record.test.total} of the protocol's, an equal share a class, the first of each in "

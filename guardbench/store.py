@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,43 @@ def atomic_path(target: Path, *, option: str = "--output") -> Iterator[Path]:
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path, *, option: str = "--output") -> Iterator[Path]:
+    """Gives a fresh folder beside `target`; renames it to `target` when the block ends well.
+
+    Args:
+        target: a folder that is not there yet, or is empty.
+        option: as in `atomic_path`.
+
+    Raises:
+        GuardbenchError: something is there already, or the folder cannot be written, or the disk is
+            full; `target` is as it was.
+    """
+    require_free(target, option=option)
+    place = target.resolve()
+    with explained(target, option=option):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent))
+        try:
+            yield part
+            part.chmod(0o755)
+            if place.is_dir():
+                place.rmdir()
+            part.replace(place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def require_free(target: Path, *, option: str = "--output") -> None:
+    """Raises a GuardbenchError where there is something at `target`, or it is the current folder."""
+    with explained(target, option=option):
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        if taken or target.resolve() == Path.cwd():
+            raise GuardbenchError(
+                f"{target}: something is there already; choose another folder with {option}."
+            )
 
 
 def write_bytes(target: Path, data: bytes) -> None:

@@ -26,7 +26,9 @@ LABELS = "labels.safetensors"
 STUDENT = "student.safetensors"
 
 
-def plan_relabel(run: Run, artifact: str, student: Student, images: int) -> PlannedStage:
+def plan_relabel(
+    run: Run, artifact: str, student: Student, images: int, name: str = "relabel"
+) -> PlannedStage:
     """The stage that labels every view of every epoch; `artifact` is the key of what made the set."""
     words = {
         "stage": "relabel",
@@ -35,13 +37,15 @@ def plan_relabel(run: Run, artifact: str, student: Student, images: int) -> Plan
         "seed": run.seed,
         "precision": run.precision,
     }
-    folder = run.stage("relabel", "labels", words)
+    folder = run.stage(name, "labels", words)
     # A forward pass is about a third of a forward and a backward.
     return PlannedStage(folder, f"{student.epochs} epochs", student.epochs * images / 3)
 
 
-def plan_student(run: Run, artifact: str, student: Student, images: int, seed: int) -> PlannedStage:
-    """The stage that trains the student of one seed."""
+def plan_student(
+    run: Run, artifact: str, student: Student, images: int, seed: int, name: str | None = None
+) -> PlannedStage:
+    """The stage that trains the student of one seed; called `student <seed>` unless told."""
     shaping = student.words()
     del shaping["seeds"]
     words = {
@@ -52,7 +56,7 @@ def plan_student(run: Run, artifact: str, student: Student, images: int, seed: i
         "seed": run.seed,
         "precision": run.precision,
     }
-    folder = run.stage(f"student {seed}", "students", words)
+    folder = run.stage(name or f"student {seed}", "students", words)
     return PlannedStage(folder, f"{student.epochs} epochs", student.epochs * images)
 
 
@@ -75,7 +79,7 @@ def relabel(run: Run, distilled: DistilledDataset, student: Student, stage: Plan
     if state is not None:
         first = int(state["epoch"])
         stored[:first] = state["labels"]
-    with run.progress.stage("relabel", student.epochs, "epochs", first) as bar:
+    with run.progress.stage(folder.name, student.epochs, "epochs", first) as bar:
         for epoch in range(first, student.epochs):
             rows = []
             for view in _views(run, student, distilled, epoch):
@@ -144,7 +148,7 @@ def _train(
         first = int(state["epoch"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    with run.progress.stage(f"student {seed}", student.epochs, "epochs", first) as bar:
+    with run.progress.stage(folder.name, student.epochs, "epochs", first) as bar:
         for epoch in range(first, student.epochs):
             optimizer.param_groups[0]["lr"] = student.lr_at(epoch)
             model.train()
@@ -160,7 +164,7 @@ def _train(
                 loss = loss_of(out.float(), view, rows)
                 loss.backward()  # type: ignore[no-untyped-call]
                 value = check_finite(
-                    loss, f"student {seed}, epoch {epoch + 1}", "lower student.lr in the protocol"
+                    loss, f"{folder.name}, epoch {epoch + 1}", "lower student.lr in the protocol"
                 )
                 optimizer.step()
             bar.advance(1, f"loss {value:.4f}")

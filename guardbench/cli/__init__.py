@@ -8,13 +8,16 @@ from typing import Annotated
 import typer
 
 import guardbench
-from guardbench.cli import leaderboard, robustbench, site
+from guardbench.cli import leaderboard, robustbench, site, submission
 from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
+from guardbench.cli.convert import convert
 from guardbench.cli.curve import curve
 from guardbench.cli.diagnose import diagnose
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.methods import methods
+from guardbench.cli.pull import pull
+from guardbench.cli.push import push
 from guardbench.cli.run import run
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
@@ -36,7 +39,11 @@ app.command()(diagnose)
 app.command()(attacks)
 app.command()(show)
 app.command()(compare)
+app.command()(convert)
+app.command()(push)
+app.command()(pull)
 app.add_typer(leaderboard.app, name="leaderboard")
+app.add_typer(submission.app, name="submission")
 app.add_typer(robustbench.app, name="robustbench")
 app.add_typer(site.app, name="site")
 

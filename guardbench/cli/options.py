@@ -45,6 +45,14 @@ DevImages = Annotated[
         show_default=False,
     ),
 ]
+References = Annotated[
+    bool,
+    typer.Option(
+        "--references/--no-references",
+        help="Also train students on a random subset, with hard labels and without augmentation: what "
+        "DD-Ranking's IOR, LRS and ARS need. Three to four times the students' time.",
+    ),
+]
 Weights = Annotated[
     Path | None,
     typer.Option(
@@ -78,6 +86,9 @@ Normalisation = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Precision = Annotated[
+    str, typer.Option(help="Of distillation and training: auto, fp32 or bf16. Attacks are fp32.")
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(

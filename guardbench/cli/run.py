@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,8 @@ from guardbench.cli.options import (
     DevImages,
     EngineName,
     EngineOption,
+    Precision,
+    References,
     TierName,
     TierOption,
 )
@@ -47,10 +50,7 @@ def run(
         ),
     ] = 0,
     device: Device = "auto",
-    precision: Annotated[
-        str,
-        typer.Option(help="Of distillation and training: auto, fp32 or bf16. Attacks are fp32."),
-    ] = "auto",
+    precision: Precision = "auto",
     engine: EngineOption = EngineName.guardbench,
     set_: Annotated[
         list[str] | None,
@@ -64,6 +64,7 @@ def run(
     ] = None,
     tier: TierOption = TierName.official,
     images: DevImages = None,
+    references: References = False,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
     output: Annotated[
@@ -107,9 +108,10 @@ def run(
             overrides=tuple(set_ or ()),
             tier=tier.value,
             images=images,
+            references=references,
         )
         plan = make_plan(settings, Progress(console))
-        seconds = expected_seconds(plan)
+        seconds = expected_seconds(plan.task.run, plan.protocol, plan.stages)
     print_plan(console, plan, seconds)
     if dry_run:
         return
@@ -142,7 +144,6 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     """Prints what a run will do, stage by stage, and what of it is done."""
     from rich.markup import escape
 
-    from guardbench.progress import clock
     from guardbench.ranking import threat_text
     from guardbench.runtime import device_name
     from guardbench.tier import dev_text
@@ -173,18 +174,7 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     console.print("[bold]Plan[/bold]")
     for name, text in lines.items():
         console.print(f"  {name:<12} {escape(text)}", highlight=False, soft_wrap=True)
-    console.print("  stages", highlight=False)
-    for title, stages in _grouped(plan).items():
-        done = sum(stage.folder.finished() is not None for stage in stages)
-        mark = (
-            "done" if done == len(stages) else f"{done} of {len(stages)} done" if done else "to do"
-        )
-        many = f" x {len(stages)} seeds" if len(stages) > 1 else ""
-        console.print(
-            f"    {title:<12} {stages[0].steps + many:<28} {mark}", highlight=False, soft_wrap=True
-        )
-    time = "nothing is left to do" if not seconds else f"about {clock(seconds)}"
-    console.print(f"  {'expected':<12} {time}", highlight=False)
+    print_stages(console, plan.stages, seconds)
     if seconds > 6 * 3600 and protocol.id == "imagenette" and run.device.type == "cpu":
         console.print(
             "  [yellow]hint[/yellow]         --protocol imagenette-64 is made for machines "
@@ -194,9 +184,21 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
         )
 
 
-def _grouped(plan: Plan) -> dict[str, list[PlannedStage]]:
-    """Stages by name, the seeds of one kind together."""
+def print_stages(console: Console, stages: Sequence[PlannedStage], seconds: float) -> None:
+    """Prints stages by name, the seeds of one kind together, what is done, and the expected time."""
+    from guardbench.progress import clock
+
     groups: dict[str, list[PlannedStage]] = {}
-    for stage in plan.stages:
+    for stage in stages:
         groups.setdefault(stage.folder.name.split(" ")[0], []).append(stage)
-    return groups
+    console.print("  stages", highlight=False)
+    for title, alike in groups.items():
+        done = sum(stage.folder.finished() is not None for stage in alike)
+        mark = "done" if done == len(alike) else f"{done} of {len(alike)} done" if done else "to do"
+        many = f" x {len(alike)}" if len(alike) > 1 else ""
+        many += " seeds" if many and title != "reference" else ""
+        console.print(
+            f"    {title:<12} {alike[0].steps + many:<28} {mark}", highlight=False, soft_wrap=True
+        )
+    time = "nothing is left to do" if not seconds else f"about {clock(seconds)}"
+    console.print(f"  {'expected':<12} {time}", highlight=False)

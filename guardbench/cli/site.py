@@ -76,7 +76,7 @@ def _build(root: Path | None, workspace: Path | None, output: Path) -> None:
 
     folder, own = find_source(root, workspace)
     boards = read_boards(folder, workspace=own)
-    files = render(boards, workspace=own)
+    files = render(boards)
     changes = write_site(output, files)
     rows = sum(len(shown.entries) for shown in boards)
     typer.echo(

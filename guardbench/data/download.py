@@ -48,7 +48,7 @@ def download_dataset(info: DatasetInfo, located: Located, cache: Path, progress:
         try:
             # The catalogue's sizes are rounded; twice that is certainly not the archive.
             limit = 2 * max(archive.megabytes, 1) * _MEGABYTE
-            fetch(archive.url, target, md5=archive.md5, limit=limit, progress=progress)
+            fetch(archive.url, target, hexdigest=archive.md5, limit=limit, progress=progress)
         except GuardbenchError as error:
             raise GuardbenchError(
                 f"{info.name} was not found ({located.searched}) and its download failed: {error} "
@@ -63,7 +63,7 @@ def fetch(
     url: str,
     target: Path,
     *,
-    md5: str,
+    hexdigest: str,
     limit: int,
     progress: Progress,
     timeout: float = TIMEOUT_S,
@@ -77,7 +77,8 @@ def fetch(
     Args:
         url: an http or https address.
         target: the finished file; if it is there with the right digest, nothing is fetched.
-        md5: hex digest of the whole file, as the dataset's authors publish it.
+        hexdigest: of the whole file: 32 figures are an MD5, all that some datasets' authors publish, and
+            64 a SHA-256.
         limit: bytes beyond which it cannot be the file, so that no server fills the disk.
         progress: where the stage is shown.
         timeout: seconds to wait for a connection, and for each read.
@@ -88,7 +89,7 @@ def fetch(
     """
     if not url.startswith(("https://", "http://")):
         raise GuardbenchError(f"{url}: only http and https addresses can be fetched.")
-    if target.is_file() and _md5(target) == md5:
+    if target.is_file() and _digest(target, hexdigest) == hexdigest:
         return
     part = target.with_name(f"{target.name}.part")
     with cache_writes(part):
@@ -104,13 +105,13 @@ def fetch(
                 f"{url}: the connection broke {stalls} times without progress; {arrived} bytes are "
                 f"kept in {part}, and the same command continues from there."
             )
-    found = _md5(part)
-    if found != md5:
+    found = _digest(part, hexdigest)
+    if found != hexdigest:
         size = _size(part)
         part.unlink()
         raise GuardbenchError(
-            f"{url}: what arrived ({size} bytes) has MD5 {found} and not {md5}; it was removed, "
-            "so try again or get the file elsewhere."
+            f"{url}: what arrived ({size} bytes) has {_kind(hexdigest)} {found} and not {hexdigest}; it "
+            "was removed, so try again or get the file elsewhere."
         )
     part.replace(target)
 
@@ -119,13 +120,17 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _md5(path: Path) -> str:
-    """MD5 (hex): the only digest that these datasets' authors publish, so not for security."""
-    md5 = hashlib.md5(usedforsecurity=False)
+def _kind(hexdigest: str) -> str:
+    return "MD5" if len(hexdigest) == 32 else "SHA-256"
+
+
+def _digest(path: Path, like: str) -> str:
+    """Hex digest of a file, of the kind of `like`."""
+    sha = hashlib.md5(usedforsecurity=False) if _kind(like) == "MD5" else hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(1 << 20):
-            md5.update(piece)
-    return md5.hexdigest()
+            sha.update(piece)
+    return sha.hexdigest()
 
 
 def _continue(url: str, part: Path, limit: int, progress: Progress, timeout: float) -> bool:
@@ -150,6 +155,8 @@ def _continue(url: str, part: Path, limit: int, progress: Progress, timeout: flo
         kept = f"; {have} bytes of it are kept, and the next try continues there" if have else ""
         raise GuardbenchError(f"{url} cannot be reached ({reason}){kept}.") from error
     with response:
+        if url.startswith("https://") and not response.geturl().startswith("https://"):
+            raise GuardbenchError(f"{url}: leads to an address without https; not followed.")
         try:
             return _receive(response, url, part, limit, progress)
         except (OSError, http.client.HTTPException):

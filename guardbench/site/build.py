@@ -39,14 +39,9 @@ POLICY = {
 plotly.js styles what it draws by `<style>` and `style=`, hence 'unsafe-inline' for styles alone."""
 
 
-def render(boards: Sequence[Shown], *, workspace: bool = False) -> dict[str, bytes]:
-    """Every file of the site, path from its root -> content.
-
-    Args:
-        boards: what `read_boards` gives.
-        workspace: whether they are of a workspace, where no row is to be scored as a submission.
-    """
-    pages = _Pages(workspace)
+def render(boards: Sequence[Shown]) -> dict[str, bytes]:
+    """Every file of the site of what `read_boards` gives, path from its root -> content."""
+    pages = _Pages()
     files: dict[str, bytes] = {
         "index.html": pages.make("index.html", "", groups=_by_dataset(boards))
     }
@@ -69,8 +64,7 @@ def render(boards: Sequence[Shown], *, workspace: bool = False) -> dict[str, byt
 class _Pages:
     """The templates. Whatever they print is escaped, and a name that is not there is an error."""
 
-    def __init__(self, workspace: bool) -> None:
-        self._workspace = workspace
+    def __init__(self) -> None:
         self._env = jinja2.Environment(
             loader=jinja2.PackageLoader("guardbench.site"),
             autoescape=True,
@@ -116,7 +110,8 @@ class _Pages:
             checks=view.checks(entry.record),
             stages=view.stages(entry.record),
             beard=beard(entry.record),
-            command=view.command(entry, workspace=self._workspace),
+            references=view.references(entry.record),
+            command=view.command(entry.record, area=entry.row.area, path=entry.row.record.path),
             curves=[(name, curve, view.curve_points(curve)) for name, curve in entry.curves],
             data=row_data(entry),
         )

@@ -9,7 +9,9 @@ from fractions import Fraction
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
+from guardbench.board import Area
 from guardbench.curve_files import Curve
+from guardbench.ddranking import CALLED
 from guardbench.meaning import MEANING
 from guardbench.metrics import Measurement, estimate, wilson, worst_case
 from guardbench.protocol import protocol_ids
@@ -122,30 +124,44 @@ def checks(record: ResultRecord) -> dict[str, tuple[str, tuple[Check | None, ...
     }
 
 
-def command(entry: Entry, *, workspace: bool) -> str:
-    """What to type to measure the row again, quoted for a shell.
+def references(record: ResultRecord) -> tuple[Line, ...]:
+    """The students beside it that DD-Ranking's scores compare with, clean; empty where there are none."""
+    runs = record.seeds
+    numbers = [run.seed for run in runs]
+    return tuple(
+        _line(what, "", numbers, [run.references[way] for run in runs])
+        for way, what in CALLED.items()
+        if way in runs[0].references
+    )
 
-    The seed of a run stands in the name of its record; `--precision` and `--engine` are said where
-    the record names another than the default, or where the default depends on the device.
+
+def command(record: ResultRecord, *, area: Area, path: str) -> str:
+    """What to type to measure a row again, quoted for a shell.
+
+    Said is whatever differs from a default, and what the default of depends on the device. A method's
+    seed stands in the name of its record.
+
+    Args:
+        area: of the row.
+        path: of the record.
     """
-    record, path = entry.record, PurePosixPath(entry.row.record.path)
-    if entry.row.area == "submissions" and not workspace:
-        return shlex.join(["guardbench", "submission", "score", "/".join(path.parts[:2])])
-    words = ["guardbench", "run", "--method", record.method.name]
     own = record.protocol not in protocol_ids()  # a copy of it lies in the workspace
-    protocol = f"protocols/{record.protocol}.toml" if own else record.protocol
-    words += ["--protocol", protocol, "--ipc", str(record.ipc)]
-    seed = re.search(r"-seed(\d+)$", path.stem)
-    if seed:
-        words += ["--seed", seed[1]]
-    precision = record.provenance.precision.get("distillation")
-    if precision in ("fp32", "bf16"):
-        words += ["--precision", precision]
-    if "reference" in record.provenance.engines.values():
-        words += ["--engine", "reference"]
-    for assignment in record.overrides:
-        words += ["--set", assignment]
-    return shlex.join(words)
+    protocol = ["--protocol", f"protocols/{record.protocol}.toml" if own else record.protocol]
+    compared = bool(record.seeds[0].references)
+    if area == "submissions":
+        words = ["submission", "score", f"submissions/{record.method.name}", *protocol]
+        words += [] if compared else ["--no-references"]
+    else:
+        words = ["run", "--method", record.method.name, *protocol, "--ipc", str(record.ipc)]
+        seed = re.search(r"-seed(\d+)$", PurePosixPath(path).stem)
+        words += ["--seed", seed[1]] if seed else []
+        words += ["--references"] if compared else []
+        words += [word for text in record.overrides for word in ("--set", text)]
+    made = record.provenance
+    precision = made.precision.get("distillation") or made.precision.get("students")
+    words += ["--precision", precision] if precision in ("fp32", "bf16") else []
+    words += ["--engine", "reference"] if "reference" in made.engines.values() else []
+    return shlex.join(["guardbench", *words])
 
 
 def tied(entry: Entry, shown: Shown) -> bool:

@@ -2,11 +2,11 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command import guardbench
 
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import _folder
@@ -27,13 +27,6 @@ def network(scale=1.0):
     layer.bias.data = scale * torch.tensor(fitted.intercept_, dtype=torch.float32)
     return torch.nn.Sequential(torch.nn.Flatten(), layer)
 """
-
-
-def guardbench(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "guardbench", *words],
-        cwd=cwd, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def md5(content: bytes) -> str:
 
 
 def get(server: Server, target: Path, *, digest: str = md5(CONTENT)) -> None:
-    fetch(server.url, target, md5=digest, limit=2_000_000, progress=Progress(), timeout=5)
+    fetch(server.url, target, hexdigest=digest, limit=2_000_000, progress=Progress(), timeout=5)
 
 
 def refused(server: Server, target: Path, *, digest: str = md5(CONTENT)) -> str:
@@ -215,7 +215,11 @@ def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     started = time.monotonic()
     with pytest.raises(GuardbenchError, match=r"cannot be reached.*refused"):
         fetch(
-            f"http://127.0.0.1:{port}/x", tmp_path / "x", md5="0" * 32, limit=9, progress=Progress()
+            f"http://127.0.0.1:{port}/x",
+            tmp_path / "x",
+            hexdigest="0" * 32,
+            limit=9,
+            progress=Progress(),
         )
     assert time.monotonic() - started < 5
 
@@ -227,12 +231,16 @@ def test_server_that_says_nothing_is_given_up(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
         with pytest.raises(GuardbenchError, match=r"cannot be reached.*timed out"):
-            fetch(url, tmp_path / "x", md5="0" * 32, limit=9, progress=Progress(), timeout=0.3)
+            fetch(
+                url, tmp_path / "x", hexdigest="0" * 32, limit=9, progress=Progress(), timeout=0.3
+            )
 
 
 def test_other_kinds_of_address_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GuardbenchError, match="only http"):
-        fetch("file:///etc/passwd", tmp_path / "x", md5="0" * 32, limit=9, progress=Progress())
+        fetch(
+            "file:///etc/passwd", tmp_path / "x", hexdigest="0" * 32, limit=9, progress=Progress()
+        )
 
 
 def tar_of(entries: dict[str, bytes]) -> bytes:
@@ -360,7 +368,8 @@ def test_killed_download_is_resumed_by_another_process(server: Server, tmp_path:
     code = (
         "import sys; from pathlib import Path; from guardbench.data.download import fetch;"
         "from guardbench.progress import Progress;"
-        "fetch(sys.argv[1], Path(sys.argv[2]), md5='0'*32, limit=10**7, progress=Progress(), timeout=60)"
+        "fetch(sys.argv[1], Path(sys.argv[2]), hexdigest='0'*32, limit=10**7, progress=Progress(),"
+        " timeout=60)"
     )
     # Headers promise more than comes, and the connection stays open: the client hangs in a read.
     with socket.create_server(("127.0.0.1", 0)) as slow:

@@ -101,11 +101,11 @@ def evaluated(tmp_path, monkeypatch):
     labels[order[::3]] = (labels[order[::3]] + 1) % 10
     test = dataclasses.replace(test, labels=labels)
     plan = plan_evaluation(
-        run, protocol, artifact="a", images=10, teacher=False, test_digest=test.digest
+        run, protocol, artifact="a", images=10, kind="hard", test_digest=test.digest
     )
 
     def go():
-        return evaluation.evaluate(run, protocol, plan, None, test)
+        return evaluation.evaluate(run, protocol, plan, None, None, test)
 
     return go, calls, model, test, order, protocol
 

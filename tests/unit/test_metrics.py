@@ -7,7 +7,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardbench import metrics
+from guardbench import ddranking, metrics
 from guardbench.metrics import Measurement, WorstMeasurement, estimate, worst_case
 from guardbench.record_files import load_record
 from guardbench.records import Outcome, SeedRun, StageCost
@@ -253,20 +253,39 @@ def test_beard_with_equal_denominators_is_zero():
 
 
 def test_dd_ranking_by_hand():
-    assert metrics.hard_label_recovery(0.9, 0.6) == pytest.approx(0.3)
-    assert metrics.improvement_over_random(0.7, 0.5) == pytest.approx(0.2)
+    assert ddranking.hard_label_recovery(0.9, 0.6) == pytest.approx(0.3)
+    assert ddranking.improvement_over_random(0.7, 0.5) == pytest.approx(0.2)
     # a = 0.5 * 0.2 - 0.5 * 0.3 = -0.05
     expected = (math.exp(-0.05) - 1 / math.e) / (math.e - 1 / math.e)
-    assert metrics.label_robust_score(0.2, 0.3) == pytest.approx(expected)
+    assert ddranking.label_robust_score(0.2, 0.3) == pytest.approx(expected)
     assert expected == pytest.approx(0.248192, abs=1e-6)
     # 0.25 * 0.4 + 0.75 * 0.2 = 0.25
     expected = (math.exp(0.25) - 1 / math.e) / (math.e - 1 / math.e)
-    assert metrics.augmentation_robust_score(0.4, 0.2, weight=0.25) == pytest.approx(expected)
+    assert ddranking.augmentation_robust_score(0.4, 0.2, weight=0.25) == pytest.approx(expected)
     assert expected == pytest.approx(0.389783, abs=1e-6)
 
 
 def test_dd_ranking_scores_span_zero_to_one():
-    assert metrics.label_robust_score(1, -1) == pytest.approx(1)
-    assert metrics.label_robust_score(-1, 1) == pytest.approx(0)
-    assert metrics.augmentation_robust_score(1, 1) == pytest.approx(1)
-    assert metrics.augmentation_robust_score(-1, -1) == pytest.approx(0)
+    assert ddranking.label_robust_score(1, -1) == pytest.approx(1)
+    assert ddranking.label_robust_score(-1, 1) == pytest.approx(0)
+    assert ddranking.augmentation_robust_score(1, 1) == pytest.approx(1)
+    assert ddranking.augmentation_robust_score(-1, -1) == pytest.approx(0)
+
+
+def test_dd_ranking_of_a_record_by_hand():
+    """Of 60 images: clean 51, 60, 60; random 41, 48, 48; plain 39, 45, 45; its random 34, 40, 40."""
+    record = load_record(Path(__file__).parents[1] / "golden" / "record-v4.json")
+    found = ddranking.scores(record, 0.99)
+    ior, hlr = (171 - 137) / 180, 0.99 - (51 + 51 + 51) / 180
+    assert found.ior == pytest.approx(ior, abs=1e-6)
+    assert found.hlr == pytest.approx(hlr, abs=1e-6)
+
+    def scaled(value):
+        return (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
+
+    assert found.lrs == pytest.approx(scaled(0.5 * ior - 0.5 * hlr), abs=1e-6)
+    assert found.ars == pytest.approx(scaled(0.5 * ior + 0.5 * (129 - 114) / 180), abs=1e-6)
+    assert ddranking.scores(record, None).lrs is None
+    old = load_record(Path(__file__).parents[1] / "golden" / "record-v3.json")
+    assert ddranking.scores(old, 0.99) is None
+    assert "a random subset trained the same way 76.1" in ddranking.in_words(record)

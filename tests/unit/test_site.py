@@ -25,12 +25,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from guardbench import canonical
-from guardbench.board import Scores
 from guardbench.cli.site import app
+from guardbench.ddranking import Scores
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import build_workspace_boards, rebuild, write
 from guardbench.metrics import worst_case
 from guardbench.record_files import load_record, save_record
+from guardbench.records import Outcome
 from guardbench.site.build import LISTING, render, write_site
 from guardbench.site.read import find_source, png_size, read_boards
 from guardbench.site.serve import make_server
@@ -202,10 +203,21 @@ def test_scores_stand_on_the_board_where_there_are_any(boards):
     made = render([replace(shown, entries=others)])
     board = words(Page(made[f"{shown.folder}.html"]).text)
     assert "IOR LRS ARS" in board
-    assert "0.125 0.375 none" in board
+    assert "+12.5 0.375 none" in board
     page = words(Page(made[f"{shown.folder}/{entry.slug}.html"]).text)
-    assert "IOR 0.125, improvement" in page
+    assert "IOR +12.5 points: improvement" in page
     assert "HLR not measured" in page
+
+
+def test_students_beside_it_are_told_with_every_seed(boards):
+    shown, entry = entry_of(boards, "guard")
+    weaker = Outcome.from_flags([True] * 123 + [False] * 177)
+    runs = [run.model_copy(update={"references": {"random": weaker}}) for run in entry.record.seeds]
+    record = entry.record.model_copy(update={"seeds": tuple(runs)})
+    made = render([replace(shown, entries=(replace(entry, record=record),))])
+    text = words(Page(made[f"{shown.folder}/{entry.slug}.html"]).text)
+    assert "a random subset trained the same way 41.0" in text
+    assert text.count("123 of 300") == 3
 
 
 def test_a_superseded_board_says_so(boards):
@@ -367,36 +379,49 @@ def test_our_own_assets_name_no_other_place(files):
 # --- the command
 
 
+def typed(entry, **changes):
+    record = entry.record.model_copy(update=changes)
+    return shlex.split(command(record, area=entry.row.area, path=entry.row.record.path))
+
+
 def test_the_command_measures_the_row_again(boards):
-    _, entry = entry_of(boards, "mat")
-    assert shlex.split(command(entry, workspace=False)) == [
+    assert typed(entry_of(boards, "mat")[1]) == [
         "guardbench", "run", "--method", "mat", "--protocol", "digits", "--ipc", "10", "--seed", "0",
-        "--precision", "fp32", "--set", "squeeze.epochs=5",
+        "--set", "squeeze.epochs=5", "--precision", "fp32",
     ]  # fmt: skip
-    _, entry = entry_of(boards, "stranger")
-    assert command(entry, workspace=False) == "guardbench submission score submissions/stranger"
+    assert typed(entry_of(boards, "stranger")[1]) == [
+        "guardbench", "submission", "score", "submissions/stranger", "--protocol", "digits",
+        "--no-references", "--precision", "fp32",
+    ]  # fmt: skip
 
 
-def test_a_protocol_of_ones_own_is_named_by_its_file(boards):
+def test_the_command_says_what_is_no_default(boards):
     _, entry = entry_of(boards, "guard")
-    record = entry.record.model_copy(update={"protocol": "mine"})
-    found = shlex.split(command(replace(entry, record=record), workspace=True))
+    runs = tuple(
+        run.model_copy(update={"references": {"random": run.clean}}) for run in entry.record.seeds
+    )
+    made = entry.record.provenance.model_copy(update={"engines": {"square": "reference"}})
+    found = typed(entry, protocol="mine", seeds=runs, provenance=made)
     assert found[found.index("--protocol") + 1] == "protocols/mine.toml"
+    assert "--references" in found
+    assert found[-2:] == ["--engine", "reference"]
 
 
 def test_a_hostile_setting_stays_one_word_of_the_command(boards):
     _, entry = entry_of(boards, "evil")
-    assert shlex.split(command(entry, workspace=True))[-2:] == ["--set", f"a.b={HOSTILE}"]
+    found = shlex.split(command(entry.record, area="baselines", path=entry.row.record.path))
+    assert f"a.b={HOSTILE}" in found
 
 
 def test_the_command_parses(boards):
     from guardbench.cli import app as whole
 
-    for name in ("guard", "mat"):
-        line = shlex.split(command(entry_of(boards, name)[1], workspace=False))
-        result = CliRunner().invoke(whole, [*line[1:], "--help"])
+    for name in ("guard", "mat", "stranger"):
+        words = typed(entry_of(boards, name)[1])
+        result = CliRunner().invoke(whole, [*words[1:], "--help"])
         assert result.exit_code == 0
-        assert "No such option" not in result.output
+        context = CliRunner().invoke(whole, [*words[1:], "--no-such-option"])
+        assert "No such option: --no-such-option" in context.output
 
 
 # --- the same bytes
@@ -491,7 +516,7 @@ def test_a_workspace_shows_the_pictures_of_its_artifacts(made_checkout, tmp_path
     build_workspace_boards(tmp_path)
     (shown,) = read_boards(tmp_path, workspace=True)
     (entry,) = shown.entries
-    made = render([shown], workspace=True)
+    made = render([shown])
     assert made[f"{shown.folder}/{entry.slug}.png"] == picture.read_bytes()
     page = Page(made[f"{shown.folder}/{entry.slug}.html"])
     (shape,) = [

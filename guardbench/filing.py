@@ -1,0 +1,94 @@
+"""Where a finished record goes: into the workspace and its boards, and into a checkout's public ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from guardbench.errors import GuardbenchError
+from guardbench.leaderboard import board_path, build_workspace_boards, rebuild, write
+from guardbench.protocol import Protocol, load_protocol, protocol_ids
+from guardbench.record_files import save_record
+from guardbench.records import ResultRecord
+from guardbench.store import read_text, write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the record of one run goes.
+
+    Attributes:
+        workspace: the run's.
+        area, name: of its folder in a checkout, such as `baselines` and `guard`.
+        mark: the end of its file name, such as `-seed0`.
+        own_protocol: a user's own protocol file, None for a published one.
+        checkout: where it is published, None for nowhere.
+    """
+
+    workspace: Path
+    area: Literal["baselines", "submissions"]
+    name: str
+    mark: str
+    own_protocol: Path | None
+    checkout: Path | None
+
+    def record_path(self, protocol: str, ipc: int, tier: str) -> Path:
+        """Where the record goes in the workspace."""
+        # Boards are built from `records`, where a dev record has no place.
+        folder = self.workspace / ("records" if tier == "official" else "dev")
+        return folder / protocol / f"ipc{ipc}" / f"{self.name}{self.mark}.json"
+
+
+def file_record(record: ResultRecord, place: Place, warn: Callable[[str], None]) -> dict[str, Path]:
+    """Writes a record and brings the boards up to date that it stands on.
+
+    Args:
+        warn: told of each older record of the workspace that fits no protocol any more.
+
+    Returns:
+        The paths, by what they are.
+    """
+    board = board_path(record.protocol, record.ipc)
+    paths = {"record": place.record_path(record.protocol, record.ipc, record.tier)}
+    save_record(paths["record"], record)
+    if record.tier == "official":
+        if place.own_protocol is not None:  # kept, so that the workspace's boards can be rebuilt
+            kept = place.workspace / "protocols" / place.own_protocol.name
+            write_text(kept, read_text(place.own_protocol, what="protocol"))
+        build_workspace_boards(
+            place.workspace, load=partial(_known_protocol, place.workspace), warn=warn
+        )
+        paths["board"] = place.workspace / board
+    if place.checkout is not None:
+        folder = place.checkout / place.area / place.name / "results" / record.protocol
+        paths["published"] = folder / f"ipc{record.ipc}{place.mark}.json"
+        save_record(paths["published"], record)
+        write(place.checkout, rebuild(place.checkout))
+        paths["public board"] = place.checkout / board
+    return paths
+
+
+def _known_protocol(workspace: Path, name: str) -> Protocol:
+    """A published protocol, or one of the workspace's own."""
+    own = workspace / "protocols" / f"{name}.toml"
+    return load_protocol(str(own) if name not in protocol_ids() and own.is_file() else name)
+
+
+def checkout_for(protocol: Protocol) -> Path:
+    """The checkout around the current folder, for `--publish`.
+
+    Raises:
+        GuardbenchError: there is none, or the protocol is not a published one.
+    """
+    if protocol.id not in protocol_ids():
+        raise GuardbenchError(
+            f"--publish: {protocol.id} is your own protocol; only published ones have public boards."
+        )
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "baselines").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    raise GuardbenchError("--publish: no checkout of guardbench here; run it inside one.")

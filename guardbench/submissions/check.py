@@ -1,0 +1,388 @@
+"""`guardbench submission check`: everything that is wrong with a submission, in seconds, without a GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from guardbench.data.catalog import DatasetInfo, dataset_info
+from guardbench.data.dataset import RealDataset
+from guardbench.errors import GuardbenchError
+from guardbench.models import ARCHITECTURES, Classifier, build_model, load_weights
+from guardbench.progress import Progress
+from guardbench.protocol import Protocol, load_protocol, protocol_ids, read_toml
+from guardbench.records import printable
+from guardbench.submissions.files import plain_file, safetensors_heads, walk
+from guardbench.submissions.form import FILL_IN, FORM, Submission
+from guardbench.submissions.leaks import find_leaks
+from guardbench.submissions.problems import Problems
+from guardbench.submissions.read import Content, read_content
+
+TEACHER_BYTES = 1 << 30
+SUM_TOLERANCE = 1e-3
+"""How far a soft label may sum from 1: float16 labels of many classes are off by about this."""
+BESIDE = ("preview.png", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
+"""Files that a submission may hold though nothing reads them."""
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        form, content, teacher: what could be read.
+        problems: each stops the submission.
+        notes: what a reader should know, such as that images are training images.
+        facts: for the table: images, bytes, distances.
+        copied: images that are training images; None where that was not looked for.
+    """
+
+    form: Submission | None
+    content: Content | None
+    teacher: Classifier | None
+    problems: Problems
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    copied: int | None = None
+
+    def words(self) -> dict[str, Any]:
+        """The report as JSON words."""
+        return {
+            "submission": None if self.form is None else self.form.model_dump(mode="json"),
+            "facts": self.facts,
+            "notes": self.notes,
+            "problems": [asdict(problem) for problem in self.problems.listed],
+        }
+
+
+def check(
+    folder: Path,
+    *,
+    fetched: Path | None,
+    real: tuple[RealDataset, RealDataset] | None,
+    progress: Progress,
+) -> Report:
+    """Checks the submission in `folder`.
+
+    Args:
+        fetched: of data that lie elsewhere (kinds `hub` and `url`): where they were fetched to.
+        real: the training and the validation split at the submission's resolution; None leaves out
+            the search for copies, which is then noted.
+        progress: where the search is shown.
+    """
+    problems = Problems()
+    report = Report(*_read(folder, fetched, problems), problems)
+    form, content = report.form, report.content
+    if form is None:
+        return report
+    info = dataset_info(form.dataset)
+    _check_setting(form, problems)
+    _check_strays(folder, form, problems)
+    if content is None:
+        return report
+    sound = _check_images(form, info, content, problems)
+    _check_soft(form, info, content, problems)
+    _state(report, form, content, folder)
+    if not sound:
+        return report
+    _check_duplicates(content, problems, report.notes)
+    if report.teacher is not None:
+        _try_teacher(report.teacher, form, content, report)
+    if real is None:
+        report.notes.append(f"copies were not looked for: {form.dataset} is not here (--data-dir).")
+    else:
+        _check_leaks(content, real, report, progress)
+    return report
+
+
+def read_form(folder: Path, problems: Problems) -> Submission | None:
+    """The form, or None and all that is wrong with it."""
+    form = None
+    with problems.catching(FORM):
+        path = plain_file(folder, FORM, most=1 << 16)
+        try:
+            words = read_toml(path, what="submission")
+        except GuardbenchError as error:
+            raise GuardbenchError(str(error).removeprefix(f"{path}: ")) from error
+        try:
+            form = Submission.model_validate(words)
+        except ValidationError as error:
+            for problem in error.errors():
+                where = ".".join(str(part) for part in problem["loc"])
+                problems.add(FORM, where, _in_words(where, problem["type"], problem["msg"]))
+            return None
+        if form.name != folder.resolve().name:
+            problems.add(
+                FORM, "name", f"{form.name!r} is not the folder's name; rename one of them."
+            )
+        for field, text in form.model_dump().items():
+            if any(str(part).startswith(FILL_IN) for part in _list(text)):
+                problems.add(FORM, field, f"still says {FILL_IN}; say it.")
+        with problems.catching(FORM, "dataset"):
+            dataset_info(form.dataset)
+            return form
+    return None
+
+
+def _list(value: object) -> list[object]:
+    return [*value] if isinstance(value, list | tuple) else [value]
+
+
+_PATTERNS = {
+    "name": "lower-case letters, figures and ._+- alone, at most 64",
+    "dataset": "lower-case letters, figures and ._+- alone, at most 64",
+    "data.repo": "OWNER/NAME",
+    "data.revision": "a commit, 40 figures from 0 to f",
+    "data.sha256": "64 figures from 0 to f",
+    "teacher.arch": "the name of an architecture",
+}
+
+
+def _in_words(where: str, kind: str, message: str) -> str:
+    """What pydantic says of a field, for people."""
+    if kind == "extra_forbidden":
+        return "there is no such field; remove it."
+    if kind == "missing":
+        return "missing; add it."
+    if kind == "string_pattern_mismatch":
+        return f"must be {_PATTERNS.get(where, 'written otherwise')}."
+    return message.removeprefix("Value error, ") + "."
+
+
+def protocols_for(form: Submission) -> list[Protocol]:
+    """The published protocols that measure a submission's dataset, resolution and IPC."""
+    known = [load_protocol(name) for name in protocol_ids()]
+    return [
+        protocol
+        for protocol in known
+        if (protocol.dataset, protocol.resolution) == (form.dataset, form.resolution)
+        and form.ipc in protocol.ipc
+        and protocol.superseded_by is None
+    ]
+
+
+def _read(
+    folder: Path, fetched: Path | None, problems: Problems
+) -> tuple[Submission | None, Content | None, Classifier | None]:
+    form = read_form(folder, problems)
+    if form is None:
+        return None, None, None
+    info = dataset_info(form.dataset)
+    content = read_content(folder, form, info, fetched, problems)
+    teacher = None if form.teacher is None else _read_teacher(folder, form, info, problems)
+    return form, content, teacher
+
+
+def _check_setting(form: Submission, problems: Problems) -> None:
+    if protocols_for(form):
+        return
+    settings = sorted(
+        {
+            f"{p.dataset} at {p.resolution} px, IPC {', '.join(map(str, p.ipc))}"
+            for p in map(load_protocol, protocol_ids())
+        }
+    )
+    problems.add(
+        FORM,
+        "ipc",
+        f"no protocol measures {form.dataset} at {form.resolution} px, IPC {form.ipc}; there are "
+        f"{'; '.join(settings)}.",
+    )
+
+
+def _check_strays(folder: Path, form: Submission, problems: Problems) -> None:
+    named = [form.data.path] + [
+        table.path for table in (form.soft, form.teacher) if table is not None
+    ]
+    with problems.catching(folder.name):
+        for name in walk(folder):
+            belongs = any(name == path or name.startswith(f"{path}/") for path in named if path)
+            if not (belongs or name == FORM or name in BESIDE or name.startswith("results/")):
+                problems.add(
+                    name, "", "nothing in the form names this file; remove it.", kind="stray"
+                )
+
+
+def _check_images(
+    form: Submission, info: DatasetInfo, content: Content, problems: Problems
+) -> bool:
+    """Whether images and labels are what they must be."""
+    before = len(problems.listed)
+    images, labels = content.images, content.labels
+    shape = (info.channels, form.resolution, form.resolution)
+    if tuple(images.shape[1:]) != shape:
+        problems.add(
+            FORM,
+            "resolution",
+            f"images are {[*images.shape[1:]]}, it must be {[*shape]} [C, H, W].",
+        )
+    finite = images.flatten(1).isfinite().all(1)
+    for row in (~finite).nonzero().flatten().tolist():
+        problems.add(content.names[row], "", "holds NaN or infinity; mend it.", kind="finite")
+    low, high = images.flatten(1).amin(1), images.flatten(1).amax(1)
+    for row in (finite & ((low < 0) | (high > 1))).nonzero().flatten().tolist():
+        problems.add(
+            content.names[row],
+            "",
+            f"values from {float(low[row]):.4g} to {float(high[row]):.4g}, must be in [0, 1]; undo the "
+            "normalisation (`guardbench convert` can).",
+            kind="range",
+        )
+    strange = (labels < 0) | (labels >= info.num_classes)
+    for row in strange.nonzero().flatten().tolist():
+        problems.add(
+            content.names[row],
+            "label",
+            f"{int(labels[row])} is no class of {info.name}, which has 0 to {info.num_classes - 1}.",
+        )
+    counts = Counter(labels[~strange].tolist())
+    names = info.names or info.classes
+    for label in range(info.num_classes):
+        if counts[label] != form.ipc:
+            called = f" ({names[label]})" if label < len(names) else ""
+            problems.add(
+                FORM,
+                "ipc",
+                f"class {label}{called} has {counts[label]} images, IPC {form.ipc} means {form.ipc}.",
+            )
+    return len(problems.listed) == before
+
+
+def _check_soft(form: Submission, info: DatasetInfo, content: Content, problems: Problems) -> None:
+    soft = content.soft
+    if soft is None:
+        return
+    where = form.soft.path if form.soft is not None else form.data.path or FORM
+    if soft.shape != (len(content.images), info.num_classes):
+        wanted = [len(content.images), info.num_classes]
+        problems.add(where, "soft", f"is {[*soft.shape]}, must be {wanted}, a row an image.")
+        return
+    bad = ~((soft >= 0).all(1) & ((soft.sum(1) - 1).abs() <= SUM_TOLERANCE))  # NaN is bad too
+    for row in bad.nonzero().flatten().tolist():
+        problems.add(
+            where,
+            f"soft[{row}]",
+            f"sums to {float(soft[row].sum()):.4g} and begins at {float(soft[row].min()):.4g}; a row must be "
+            "probabilities (send softmax of logits).",
+            kind="soft",
+        )
+    off = (soft.argmax(1) != content.labels).sum()
+    if off > len(soft) / 2:
+        problems.add(
+            where, "soft", f"{int(off)} of {len(soft)} rows favour another class than their label."
+        )
+
+
+def _check_duplicates(content: Content, problems: Problems, notes: list[str]) -> None:
+    bytes_ = content.images.mul(255).round().to(torch.uint8).flatten(1).numpy()
+    first: dict[bytes, int] = {}
+    for row, image in enumerate(bytes_):
+        earlier = first.setdefault(image.tobytes(), row)
+        if earlier == row:
+            continue
+        same = int(content.labels[earlier]) == int(content.labels[row])
+        if same:
+            problems.add(
+                content.names[row],
+                "",
+                f"is the same image as {content.names[earlier]}; give {len(first)} different ones.",
+                kind="duplicate",
+            )
+        else:
+            notes.append(
+                f"{printable(content.names[row])} and {printable(content.names[earlier])} are one "
+                "image with two labels."
+            )
+
+
+def _read_teacher(
+    folder: Path, form: Submission, info: DatasetInfo, problems: Problems
+) -> Classifier | None:
+    assert form.teacher is not None
+    arch, path = form.teacher.arch, form.teacher.path
+    if arch not in ARCHITECTURES:
+        problems.add(FORM, "teacher.arch", f"{arch!r} is not one of {', '.join(ARCHITECTURES)}.")
+        return None
+    with problems.catching(path):
+        file = plain_file(folder, path, most=TEACHER_BYTES)
+        safetensors_heads(file, printable(path))
+        teacher = build_model(
+            arch,
+            channels=info.channels,
+            classes=info.num_classes,
+            resolution=form.resolution,
+            seed=0,
+        )
+        load_weights(teacher, file)
+        for name, value in teacher.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise GuardbenchError(f"{name}: holds NaN or infinity; mend it.")
+        return teacher.eval().requires_grad_(False)
+    return None
+
+
+def _try_teacher(teacher: Classifier, form: Submission, content: Content, report: Report) -> None:
+    """Notes how many of the submission's own images its teacher knows: chance tells of a wrong order."""
+    with torch.no_grad():
+        logits = torch.cat([teacher(part) for part in torch.split(content.images, 256)])
+    assert form.teacher is not None
+    if not bool(logits.isfinite().all()):
+        report.problems.add(
+            form.teacher.path, "", "answers NaN or infinity on the submission's images."
+        )
+        return
+    share = float((logits.argmax(1) == content.labels).float().mean())
+    report.facts["teacher"] = f"{form.teacher.arch}, right on {share:.0%} of the images"
+    if share < 2 / logits.shape[1]:
+        report.notes.append(
+            "the teacher is near chance on the images: is its order of classes another?"
+        )
+
+
+def _check_leaks(
+    content: Content, real: tuple[RealDataset, RealDataset], report: Report, progress: Progress
+) -> None:
+    train, val = real
+    found = find_leaks(content.images, train, val, progress)
+    for row in found.leaked.nonzero().flatten().tolist():
+        there = val.ids[int(found.val.position[row])]
+        how = "is" if found.val.exact[row] else "is made from"
+        report.problems.add(
+            content.names[row],
+            "",
+            f"{how} validation image {there} (distance {float(found.val.distance[row]):.2f}, from any "
+            f"training image {float(found.train.distance[row]):.2f}); make it from training images.",
+            kind="leak",
+        )
+    copies = report.copied = int(found.copied.sum())
+    if copies:
+        report.notes.append(
+            f"{copies} of {len(content.images)} images are training images"
+            f" ({int(found.train.exact.sum())} to the pixel): a coreset."
+        )
+    report.facts["nearest real image"] = (
+        f"training {_quartiles(found.train.distance)}, validation {_quartiles(found.val.distance)} "
+        "(median, least; 0 is a copy, 1.4 unrelated)"
+    )
+
+
+def _quartiles(distance: Tensor) -> str:
+    return f"{float(distance.median()):.2f}, {float(distance.min()):.2f}"
+
+
+def _state(report: Report, form: Submission, content: Content, folder: Path) -> None:
+    report.facts["images"] = f"{len(content.images)}, {[*content.images.shape[1:]]}"
+    report.facts["image bytes"] = f"{content.images.numel()} at 8 bits a value"
+    labels = content.labels.numel()
+    if content.soft is not None:
+        labels = content.soft.numel() * 4
+    if form.teacher is not None and (folder / form.teacher.path).is_file():
+        labels = (folder / form.teacher.path).stat().st_size
+    report.facts["label bytes"] = f"{labels} ({form.labels})"
+    report.facts["protocols"] = ", ".join(protocol.id for protocol in protocols_for(form)) or "none"

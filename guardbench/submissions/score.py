@@ -1,0 +1,324 @@
+"""`guardbench submission score`: a stranger's distilled set, measured exactly as `guardbench run` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from guardbench.checks import flags
+from guardbench.data.catalog import dataset_info
+from guardbench.data.dataset import RealDataset, load_split
+from guardbench.data.locate import locate
+from guardbench.data.peek import class_order
+from guardbench.distilled import MANIFEST, PREVIEW, DistilledDataset, load_distilled, save_distilled
+from guardbench.errors import GuardbenchError
+from guardbench.evaluation import (
+    EvaluationPlan,
+    evaluate,
+    measured_artifact,
+    measured_indices,
+    measured_test,
+    plan_evaluation,
+)
+from guardbench.filing import Place, checkout_for, file_record
+from guardbench.pipeline import Finished, choose_protocol, networks
+from guardbench.progress import Progress
+from guardbench.protocol import Protocol
+from guardbench.provenance import provenance
+from guardbench.records import Engine, Method, ResultRecord, Tier
+from guardbench.runtime import Run, StageFolder, make_accelerator, stage_cost
+from guardbench.scoring import engines_used
+from guardbench.store import check_writable, explained
+from guardbench.submissions.check import Report, check, protocols_for, read_form
+from guardbench.submissions.fetch import fetch_data
+from guardbench.submissions.form import Submission
+from guardbench.submissions.problems import Problems
+from guardbench.tier import sample_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user asks for; the fields are the options of `guardbench submission score`."""
+
+    folder: Path
+    protocol: str | None
+    device: str
+    precision: str
+    data_dir: Path | None
+    cache_dir: Path | None
+    output: Path
+    publish: bool
+    engine: Engine
+    tier: Tier
+    images: int | None
+    references: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """A submission that has passed its check, and what scoring it will do.
+
+    Attributes:
+        report: of the check.
+        artifact: the stage that holds the distilled set.
+        real: its dataset's training and validation split.
+        place: where the record goes.
+    """
+
+    settings: Settings
+    form: Submission
+    report: Report
+    protocol: Protocol
+    run: Run
+    artifact: StageFolder
+    evaluating: EvaluationPlan
+    real: tuple[RealDataset, RealDataset]
+    place: Place
+
+
+def check_submission(
+    folder: Path,
+    *,
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    progress: Progress,
+    copies: bool = True,
+) -> tuple[Report, tuple[RealDataset, RealDataset] | None]:
+    """Checks a submission against the real data where they are at hand.
+
+    Args:
+        data_dir, cache_dir: see `data.dataset.load_split`.
+        copies: whether to look for copies of real images; False needs no real data.
+
+    Returns:
+        What was found, and the real training and validation split where they were needed and there.
+
+    Raises:
+        GuardbenchError: there is no such folder, or the data that it points to cannot be fetched.
+    """
+    if not folder.is_dir():
+        raise GuardbenchError(
+            f"{folder}: there is no such folder; `guardbench submission new` makes one."
+        )
+    form = read_form(folder, Problems())
+    fetched = real = None
+    if form is not None:
+        fetched = fetch_data(form, cache_dir, progress)
+        if copies:
+            real = _real(form, data_dir, cache_dir, progress)
+    return check(folder, fetched=fetched, real=real, progress=progress), real
+
+
+def _real(
+    form: Submission, data_dir: Path | None, cache_dir: Path | None, progress: Progress
+) -> tuple[RealDataset, RealDataset] | None:
+    """Both splits at the submission's resolution, unless they would have to be downloaded."""
+    try:
+        if locate(form.dataset, data_dir, cache_dir=cache_dir).kind == "download":
+            return None
+    except GuardbenchError:
+        return None
+
+    def load(split: str) -> RealDataset:
+        return load_split(
+            form.dataset,
+            split,
+            resolution=form.resolution,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+
+    return load("train"), load("val")
+
+
+def plan_score(settings: Settings, progress: Progress) -> Scoring:
+    """Checks a submission and plans its scoring.
+
+    Raises:
+        GuardbenchError: it does not pass its check, its data are not here, or a setting is wrong.
+    """
+    if settings.publish and settings.tier == "dev":
+        raise GuardbenchError("--publish: a dev record is unofficial; publish without --tier dev.")
+    check_writable(settings.output)
+    report, real = check_submission(
+        settings.folder,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        progress=progress,
+    )
+    form, content = report.form, report.content
+    if report.problems or form is None or content is None:
+        _refuse(settings, report)
+    if real is None:
+        locate(form.dataset, settings.data_dir, cache_dir=settings.cache_dir)
+        raise GuardbenchError(
+            f"{form.dataset} is not here, and scoring needs it: say where with --data-dir, or let "
+            f"`guardbench run --method random --dataset {form.dataset} --dry-run` say how to get it."
+        )
+    protocol = _protocol(settings, form)
+    checkout = checkout_for(protocol) if settings.publish else None
+    if checkout is not None and not _same(checkout / "submissions" / form.name, settings.folder):
+        raise GuardbenchError(
+            f"--publish: put the submission into {checkout / 'submissions' / form.name} first."
+        )
+    run = Run(
+        accelerator=make_accelerator(settings.device, settings.precision, protocol.resolution),
+        workspace=settings.output,
+        seed=0,
+        progress=progress,
+    )
+    words = {"stage": "submission", "form": form.sha256, "files": content.files}
+    artifact = run.stage("submission", "distilled", words)
+    sample = sample_size(
+        protocol, dataset_info(form.dataset).num_classes, settings.tier, settings.images
+    )
+    return Scoring(
+        settings=settings,
+        form=form,
+        report=report,
+        protocol=protocol,
+        run=run,
+        artifact=artifact,
+        evaluating=plan_evaluation(
+            run,
+            protocol,
+            artifact=artifact.key,
+            images=len(content.images),
+            kind=form.labels,
+            test_digest=real[1].digest,
+            engine=settings.engine,
+            sample=sample,
+            references=settings.references,
+        ),
+        real=real,
+        place=Place(
+            workspace=settings.output,
+            area="submissions",
+            name=form.name,
+            mark="-seed0",
+            own_protocol=Path(protocol_file) if (protocol_file := _own(settings)) else None,
+            checkout=checkout,
+        ),
+    )
+
+
+def execute_score(scoring: Scoring) -> Finished:
+    """Trains the protocol's students on a submission, attacks them, writes the record and the boards."""
+    settings, protocol, run = scoring.settings, scoring.protocol, scoring.run
+    form, (train, test) = scoring.form, scoring.real
+    warnings: list[str] = []
+    with explained(settings.output):
+        measured_indices(protocol, test, scoring.evaluating.sample)  # refused before the long part
+        done = scoring.artifact.finished() is not None
+        distilled = _distilled(scoring)
+        cost = stage_cost(scoring.artifact.finished() or {}, shared=done)
+        seeds, evaluating = evaluate(run, protocol, scoring.evaluating, distilled, train, test)
+        record = ResultRecord(
+            tier=settings.tier,
+            protocol=protocol.id,
+            protocol_sha256=protocol.digest,
+            dataset=protocol.dataset,
+            resolution=protocol.resolution,
+            ipc=form.ipc,
+            method=Method(
+                name=form.name,
+                title=form.title,
+                distiller="submission",
+                regulariser="none",
+                recipe_sha256=form.sha256,
+                official=True,
+            ),
+            overrides=(),
+            artifact=measured_artifact(distilled),
+            test=measured_test(protocol, test, scoring.evaluating.sample),
+            seeds=seeds,
+            cost=(cost, *evaluating.found),
+            provenance=provenance(
+                run, engines_used(protocol, settings.engine), evaluating.searched
+            ),
+            flags=(*flags(seeds), *_own_flags(scoring)),
+        )
+        folder = scoring.artifact.path / "distilled"
+        paths = {
+            "artifact": folder / MANIFEST,
+            "images": folder / PREVIEW,
+            **networks([], scoring.evaluating),
+            **file_record(record, scoring.place, warnings.append),
+        }
+    return Finished(record, paths, tuple(warnings))
+
+
+def _distilled(scoring: Scoring) -> DistilledDataset:
+    """The submission as every method's artifact is."""
+    folder, form, content = scoring.artifact, scoring.form, scoring.report.content
+    assert content is not None, "the check has passed"
+    if folder.finished() is None:
+        info = dataset_info(form.dataset)
+        located = locate(
+            form.dataset, scoring.settings.data_dir, cache_dir=scoring.settings.cache_dir
+        )
+        folder.begin(scoring.run.device)
+        save_distilled(
+            folder.path / "distilled",
+            images=content.images,
+            hard=content.labels,
+            soft=content.soft,
+            teacher=scoring.report.teacher,
+            teacher_arch=form.teacher.arch if form.teacher is not None else None,
+            dataset=form.dataset,
+            ipc=form.ipc,
+            method=form.name,
+            classes=class_order(info, located),
+            provenance={"submission": form.sha256, "stage": folder.key},
+        )
+        folder.finish(scoring.run.device, (f"distilled/{MANIFEST}",))
+    return load_distilled(folder.path / "distilled")
+
+
+def _own_flags(scoring: Scoring) -> tuple[str, ...]:
+    """What a reader of the row should know of how the set was made."""
+    extra = ("made with data beyond the training images",) if scoring.form.extra_data else ()
+    copied = scoring.report.copied
+    coreset = (f"{copied} of its images are training images",) if copied else ()
+    return (*extra, *coreset)
+
+
+def _refuse(settings: Settings, report: Report) -> NoReturn:
+    first = report.problems.listed[0]
+    count = len(report.problems.listed)
+    more = (
+        f" ({count - 1} more: `guardbench submission check {settings.folder}`)" if count > 1 else ""
+    )
+    raise GuardbenchError(f"{settings.folder}: {first}{more}")
+
+
+def _own(settings: Settings) -> str | None:
+    """The user's own protocol file, if that is what was named."""
+    named = settings.protocol
+    return named if named is not None and named.endswith(".toml") else None
+
+
+def _protocol(settings: Settings, form: Submission) -> Protocol:
+    """The protocol named, or the one that measures the submission's setting."""
+    fitting = protocols_for(form)
+    if settings.protocol is None:
+        if len(fitting) > 1:
+            named = ", ".join(protocol.id for protocol in fitting)
+            raise GuardbenchError(
+                f"several protocols measure this; name one with --protocol: {named}."
+            )
+        return fitting[0]
+    protocol = choose_protocol(form.dataset, settings.protocol)
+    if protocol.resolution != form.resolution:
+        raise GuardbenchError(
+            f"--protocol {protocol.id} measures {protocol.resolution} px, the submission has "
+            f"{form.resolution}."
+        )
+    protocol.check_ipc(form.ipc)
+    return protocol
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and one.resolve() == other.resolve()
