@@ -52,6 +52,13 @@ def peers(session: nox.Session) -> None:
 
 
 @nox.session
+def site(session: nox.Session) -> None:
+    """The site in a headless Chromium, which must be installed (Debian: `chromium`)."""
+    session.install("-e", ".", "playwright>=1.50", "axe-playwright-python>=0.1.4", *TEST)
+    session.run("pytest", "tests/browser", *session.posargs, env=THREADS)
+
+
+@nox.session
 def lowest(session: nox.Session) -> None:
     """The suite on the lowest direct versions that the package admits; needs uv."""
     session.run_install(

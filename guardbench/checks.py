@@ -20,6 +20,7 @@ from guardbench.attacks.base import LOGIT_NOISE, frozen
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.stream import Fitting, gradient_of
 from guardbench.errors import GuardbenchError
+from guardbench.meaning import MEANING
 from guardbench.protocol import Protocol
 from guardbench.records import Check, SeedRun
 from guardbench.threat import ThreatModel
@@ -35,17 +36,6 @@ RESTARTS = 10
 SINGLE_STEP, BLACK_BOX = ("fgsm",), ("square", "spsa", "transfer")
 MULTI_STEP = ("pgd", "mim", "apgd", "vmifgsm", "jitter")
 WHITE_BOX = (*SINGLE_STEP, *MULTI_STEP, "fab", "deepfool")
-MEANING: dict[str, str] = {
-    "random-answers": "two answers to the same images differ",
-    "batch-dependence": "answers depend on the images beside them",
-    "probabilities": "the logits are probabilities, whose gradients vanish when they saturate",
-    "zero-gradients": "no gradient of the loss reaches the image",
-    "unbounded": "images survive an attack without a bound (eps 1)",
-    "restarts": "nine more random starts of PGD break images that one does not",
-    "black-box": "attacks that see none of its gradients (Square, SPSA, transfer) beat white-box ones",
-    "single-step": "FGSM beats attacks of many steps",
-}
-"""What each check looks for; a flag says so."""
 
 
 def inspect(

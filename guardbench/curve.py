@@ -2,88 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from guardbench import canonical
 from guardbench.attacks.base import Images, plan_batches, run_batch, score_clean
 from guardbench.attacks.searched import searchable
 from guardbench.attacks.stream import telling, within
 from guardbench.attacks.warm import WarmPGD
 from guardbench.classifiers import fingerprint
+from guardbench.curve_files import MOST, Curve, Point
 from guardbench.errors import GuardbenchError
 from guardbench.figures import new_figure, save_png
 from guardbench.imported import Imported
 from guardbench.metrics import wilson
-from guardbench.protocol import first_problem, parse_fraction
-from guardbench.records import Line, Name, Sha256, Strict, only_const
+from guardbench.protocol import parse_fraction
 from guardbench.runtime import Run
 from guardbench.scoring import ENGINE_VERSION, attack_batch
-from guardbench.store import read_text, write_text
 from guardbench.threat import Norm, ThreatModel
 
 SHARES = ("1/4", "1/2", "3/4", "1", "3/2", "2", "3", "4", "6", "8", "16", "32")
 """Radii of a curve, unless told, in radii of the protocol; in l-inf none over 1, where every image is any
 other."""
 STEPS = 40
-MOST, FARTHEST = 200, 1000
-"""How many radii a curve may have, and the largest."""
-
-
-class Point(Strict):
-    """One radius.
-
-    Attributes:
-        eps: a fraction such as `1/255`; `0` for clean.
-        correct: images still right, of the curve's total.
-    """
-
-    eps: str = Field(pattern=r"^\d{1,18}(/[1-9]\d{0,17})?$")
-    correct: int = Field(ge=0)
-
-
-class Curve(Strict):
-    """Robust accuracy of one classifier under PGD at rising radii.
-
-    Attributes:
-        classifier: what its owner calls it.
-        weights_sha256: of the file, None where there is none.
-        protocol, protocol_sha256: whose images, in its order.
-        norm: of the radii.
-        steps: of PGD at each radius.
-        total: images.
-        points: by rising radius, clean first; never rising.
-    """
-
-    schema_version: Literal[1] = Field(default=1, json_schema_extra=only_const)
-    classifier: Name
-    weights_sha256: Sha256 | None
-    protocol: Name
-    protocol_sha256: Sha256
-    norm: Norm
-    steps: int = Field(ge=1)
-    total: int = Field(ge=1)
-    points: tuple[Point, ...] = Field(min_length=2, max_length=MOST + 1)
-    guardbench: Line
-    device: Line
-
-    @model_validator(mode="after")
-    def _falls(self) -> Curve:
-        radii = [Fraction(point.eps) for point in self.points]
-        counts = [point.correct for point in self.points]
-        if radii[0] != 0 or radii != sorted(set(radii)):
-            raise ValueError("points: radii must begin at 0 and rise")
-        if counts != sorted(counts, reverse=True) or counts[0] > self.total:
-            raise ValueError("points: what is broken at one radius is broken at every larger one")
-        return self
+FARTHEST = 1000
+"""The largest radius that a curve may have."""
 
 
 def rising_radii(text: str | None, threat: ThreatModel) -> tuple[Fraction, ...]:
@@ -232,26 +180,6 @@ def points_of(found: Tensor, radii: Sequence[Fraction]) -> tuple[Point, ...]:
         Point(eps=str(eps), correct=count)
         for eps, count in zip([Fraction(0), *radii], counts, strict=True)
     )
-
-
-def save_curve(path: Path, curve: Curve) -> None:
-    """Writes a curve as canonical JSON."""
-    write_text(path, canonical.dumps(curve.model_dump(mode="json")))
-
-
-def load_curve(path: Path) -> Curve:
-    """Reads and checks a curve.
-
-    Raises:
-        GuardbenchError: it cannot be read, or a field is wrong.
-    """
-    try:
-        return Curve.model_validate(json.loads(read_text(path, what="curve", limit=1 << 20)))
-    except ValidationError as error:
-        reason = first_problem(error)
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-    raise GuardbenchError(f"{path}: not a curve of `guardbench curve`: {reason}.")
 
 
 def require_alike(curves: Sequence[tuple[Path, Curve]], words: dict[str, object]) -> None:

@@ -71,12 +71,13 @@ def whole_set(records: Iterable[ResultRecord]) -> float | None:
     return None
 
 
-_CALLED: dict[Reference, str] = {
+CALLED: dict[Reference, str] = {
     "random": "a random subset trained the same way",
     "hard": "with hard labels",
     "plain": "without augmentation",
     "random-plain": "the random subset without augmentation",
 }
+"""Reference -> what its students were trained on, in words."""
 
 
 def in_words(record: ResultRecord) -> str | None:
@@ -84,7 +85,7 @@ def in_words(record: ResultRecord) -> str | None:
     found = scores(record, None)
     if found is None:
         return None
-    means = {name: _mean(record, way) for way, name in _CALLED.items()}
+    means = {name: _mean(record, way) for way, name in CALLED.items()}
     beside = ", ".join(
         f"{name} {100 * mean:.1f}" for name, mean in means.items() if mean is not None
     )

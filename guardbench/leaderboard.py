@@ -19,7 +19,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.ranking import BoardProtocol, RecordFile, build_leaderboard, mismatch
 from guardbench.reassessment import FOLDER as ASSESSMENTS
 from guardbench.reassessment import Assessment, AssessmentFile, assessed_path, load_assessment
-from guardbench.record_files import load_record
+from guardbench.record_files import load_record, record_paths
 from guardbench.records import ResultRecord, Strict, printable
 from guardbench.store import write_text
 
@@ -45,7 +45,7 @@ def read_records(root: Path, pattern: str) -> list[RecordFile]:
         GuardbenchError: one cannot be read, is wrong, or is a link that leads out of `root`.
     """
     files = []
-    for path in sorted(root.glob(pattern)):
+    for path in record_paths(root, pattern):
         _require_inside(root, path)
         name = path.relative_to(root).as_posix()
         files.append(RecordFile(name, canonical.file_digest(path), load_record(path)))

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 import guardbench
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import first_problem, read_toml, toml_value, unknown
+from guardbench.record_files import record_paths
 from guardbench.records import Name, Strict
 
 
@@ -110,7 +111,7 @@ def method_names() -> list[str]:
 def measured(name: str) -> list[str]:
     """The records of a method that came with guardbench, such as `digits ipc10-seed0`, sorted."""
     results = methods_folder() / name / "results"
-    return sorted(f"{path.parent.name} {path.stem}" for path in results.glob("*/*.json"))
+    return sorted(f"{path.parent.name} {path.stem}" for path in record_paths(results, "*/*.json"))
 
 
 def load_method(name: str) -> MethodFile:

@@ -12,6 +12,13 @@ from guardbench.records import AnyRecord, ClassifierRecord, ResultRecord, printa
 from guardbench.store import read_text, write_text
 
 FILE_LIMIT = 16 << 20
+CURVE_SUFFIX = ".curve.json"
+"""Of a security curve that lies beside the record that it belongs to, as `<record stem>*.curve.json`."""
+
+
+def record_paths(root: Path, pattern: str) -> list[Path]:
+    """The record files under `root` that match the glob `pattern`, sorted; not the curves beside them."""
+    return sorted(path for path in root.glob(pattern) if not path.name.endswith(CURVE_SUFFIX))
 
 
 def load_record(path: Path) -> ResultRecord:

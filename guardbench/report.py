@@ -116,8 +116,8 @@ def _subject(record: AnyRecord, under: str) -> list[str]:
         f"recipe     {parts}, {'official' if method.official else 'own'} settings "
         f"({method.recipe_sha256[:12]})",
         *([f"set        {', '.join(record.overrides)}"] if record.overrides else []),
-        f"student    is given {artifact.images} images, {_size(artifact.image_bytes)}, and "
-        f"{artifact.label_kind} labels, {_size(artifact.label_bytes)}",
+        f"student    is given {artifact.images} images, {byte_size(artifact.image_bytes)}, and "
+        f"{artifact.label_kind} labels, {byte_size(artifact.label_bytes)}",
     ]
 
 
@@ -205,7 +205,7 @@ def _costs(record: AnyRecord) -> Table:
         table.add_row(
             escape(name if len(stages) == 1 else f"{name}, {len(stages)} seeds"),
             clock(sum(stage.seconds for stage in stages)),
-            _size(max(stage.peak_memory_bytes for stage in stages)),
+            byte_size(max(stage.peak_memory_bytes for stage in stages)),
             escape(", ".join(sorted({stage.device for stage in stages}))),
             "reused" if reused == len(stages) else f"{reused} reused" if reused else "",
         )
@@ -217,7 +217,7 @@ def _costs(record: AnyRecord) -> Table:
     return table
 
 
-def _size(count: int) -> str:
+def byte_size(count: int) -> str:
     """Bytes in the decimal unit that people read: `812 B`, `3.1 MB`."""
     if count < 1000:
         return f"{count} B"

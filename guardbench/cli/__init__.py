@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import guardbench
-from guardbench.cli import leaderboard, robustbench, submission
+from guardbench.cli import leaderboard, robustbench, site, submission
 from guardbench.cli.attacks import attacks
 from guardbench.cli.compare import compare
 from guardbench.cli.convert import convert
@@ -45,6 +45,7 @@ app.command()(pull)
 app.add_typer(leaderboard.app, name="leaderboard")
 app.add_typer(submission.app, name="submission")
 app.add_typer(robustbench.app, name="robustbench")
+app.add_typer(site.app, name="site")
 
 
 def _version(wanted: bool) -> None:

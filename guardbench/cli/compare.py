@@ -70,11 +70,11 @@ def _beside_papers(paths: list[Path] | None) -> None:
 
     from guardbench.methods import load_method, method_names, methods_folder
     from guardbench.published import contradictions, reproduced
-    from guardbench.record_files import load_record
+    from guardbench.record_files import load_record, record_paths
     from guardbench.report import print_paper
 
     methods = [load_method(name) for name in method_names()]
-    chosen = paths or sorted(methods_folder().glob("*/results/*/*.json"))
+    chosen = paths or record_paths(methods_folder(), "*/results/*/*.json")
     cells = reproduced(methods, [load_record(path) for path in chosen])
     if paths and not cells:
         raise GuardbenchError(

@@ -65,15 +65,13 @@ def curve(
     from guardbench.classifiers import Source, open_classifier
     from guardbench.curve import (
         STEPS,
-        Curve,
         draw_curves,
-        load_curve,
         points_of,
         require_alike,
         rising_radii,
-        save_curve,
         stored_curve,
     )
+    from guardbench.curve_files import Curve, load_curve, save_curve
     from guardbench.data.dataset import load_split
     from guardbench.metrics import wilson
     from guardbench.pipeline import choose_protocol

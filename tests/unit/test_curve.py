@@ -15,16 +15,13 @@ from typer.testing import CliRunner
 from guardbench.attacks import warm
 from guardbench.cli import app
 from guardbench.curve import (
-    Curve,
-    Point,
     draw_curves,
-    load_curve,
     points_of,
     require_alike,
     rising_radii,
-    save_curve,
     security_curve,
 )
+from guardbench.curve_files import Curve, Point, load_curve, save_curve
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
 

@@ -24,7 +24,7 @@ from guardbench.leaderboard import board_path, rebuild
 from guardbench.methods import methods_folder
 from guardbench.ranking import EVALUATION_STAGES, RecordFile, build_leaderboard
 from guardbench.reassessment import Assessment, AssessmentFile
-from guardbench.record_files import load_record, save_record
+from guardbench.record_files import load_record, record_paths, save_record
 from guardbench.records import Outcome, ResultRecord, SeedRun
 from guardbench.report import differences
 from guardbench.threat import ThreatModel
@@ -707,7 +707,7 @@ def test_nothing_here_loads_torch_and_help_loads_no_pydantic():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("path", sorted(methods_folder().glob("*/results/*/*.json")), ids=str)
+@pytest.mark.parametrize("path", record_paths(methods_folder(), "*/results/*/*.json"), ids=str)
 def test_every_stage_of_a_record_is_of_distillation_or_of_evaluation(path: Path) -> None:
     record = load_record(path)
     named = {re.split(r"[\s:/]", cost.stage)[0] for cost in record.cost}

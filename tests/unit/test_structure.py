@@ -25,11 +25,12 @@ ROOMS = [
         "metrics",
         "ddranking",
         "registry",
+        "meaning",
     ],
-    ["paired", "board", "board_files", "board_words", "reassessment", "tier"],
+    ["paired", "board", "board_files", "board_words", "reassessment", "tier", "curve_files"],
     ["published", "hub"],
     ["ranking", "leaderboard", "board_diff", "compare", "report", "diagnosed"],
-    ["filing"],
+    ["filing", "site"],
     ["runtime", "provenance"],
     ["data"],
     ["ball", "models", "normalisation", "tensor_files"],
@@ -54,6 +55,8 @@ ONLY_DOORS = {
     "robustbench": "attacks/robustbench.py",
     "matplotlib": "figures.py",
     "sklearn": "data/source.py",
+    "jinja2": "site/build.py",
+    "plotly": "site/build.py",
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
