@@ -19,13 +19,13 @@ def made_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     three more tracks' and origins' rows, one row of changed settings, and one whose every text is
     `HOSTILE`. On `imagenette-64`: the two baselines.
     """
-    from guardbench.reassessment import AssessedSeed, Assessment, assessment_path, save_assessment
     from PIL import Image
 
     from guardbench.curve_files import Curve, Point, save_curve
     from guardbench.leaderboard import rebuild, write
     from guardbench.methods import methods_folder
     from guardbench.metrics import worst_case
+    from guardbench.reassessment import AssessedSeed, Assessment, assessment_path, save_assessment
     from guardbench.record_files import load_record, save_record
     from guardbench.records import Outcome, ResultRecord
 
