@@ -53,6 +53,35 @@ def measured(protocol: Protocol, sample: int | None) -> Protocol:
     return protocol.model_copy(update={"test": TestImages(count=sample), "attacks": tuple(attacks)})
 
 
+SMOKE_IMAGES = 50
+
+
+def smoke(protocol: Protocol) -> Protocol:
+    """A protocol of a few minutes that shows whether students learn and attacks run, and no more.
+
+    One student, a tenth of the epochs, PGD (or the first attack) and a Square of 500 queries.
+    """
+    kept = [spec for spec in protocol.attacks if spec.kind == "pgd"][:1] or [protocol.attacks[0]]
+    square = [spec for spec in protocol.attacks if spec.kind == "square"][:1]
+    kept += [
+        spec.model_copy(update={"params": {**spec.params, "queries": 500}})
+        for spec in square
+        if spec is not kept[0]
+    ]
+    student = protocol.student
+    fewer = {"seeds": student.seeds[:1], "epochs": max(1, student.epochs // 10)}
+    return protocol.model_copy(
+        update={
+            "id": f"{protocol.id}-smoke",
+            "title": f"{protocol.title}, smoke test"[:200],
+            "rank_by": kept[0].name,
+            "student": student.model_copy(update=fewer),
+            "test": TestImages(count=protocol.test.count),
+            "attacks": tuple(spec.model_copy(update={"images_per_seed": None}) for spec in kept),
+        }
+    )
+
+
 def stratified(labels: Sequence[int], sample: int, classes: int) -> list[int]:
     """The positions of the subset, in order: of each class its first `sample / classes` images.
 

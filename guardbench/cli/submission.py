@@ -72,6 +72,16 @@ def new(
     path: Annotated[
         str | None, typer.Option(help="Of the images; images, images.parquet, ... unless told.")
     ] = None,
+    repo: Annotated[str | None, typer.Option(help="Of --kind hub: OWNER/NAME.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of --kind hub: a commit.")] = None,
+    url: Annotated[str | None, typer.Option(help="Of --kind url: an https address.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Of --kind url: of the file there.")] = None,
+    teacher: Annotated[
+        str, typer.Option(help="Of --labels teacher: its architecture.")
+    ] = "resnet18",
+    claimed: Annotated[
+        float | None, typer.Option(help="The clean accuracy that you report, in percent.")
+    ] = None,
     paper: Annotated[str | None, typer.Option(help="https address.")] = None,
     code: Annotated[str | None, typer.Option(help="https address.")] = None,
     extra_data: Annotated[
@@ -97,8 +107,10 @@ def new(
     }
     data: dict[str, Any] = {"kind": kind.value, "path": path or kind_path.get(kind.value)}
     if kind in (Kind.hub, Kind.url):
-        fields = ("repo", "revision") if kind is Kind.hub else ("url", "sha256")
-        data = {"kind": kind.value, **{field: _asked(None, field) for field in fields}}
+        fields = {"repo": repo, "revision": revision}
+        if kind is Kind.url:
+            fields = {"url": url, "sha256": sha256}
+        data = {"kind": kind.value, **{name: _asked(given, name) for name, given in fields.items()}}
     label_kind = _asked(labels.value if labels else None, "labels", "hard")
     words: dict[str, Any] = {
         "name": folder.resolve().name,
@@ -108,15 +120,16 @@ def new(
         "code": code,
         "licence": _asked(licence, "licence", "CC-BY-4.0"),
         "dataset": _asked(dataset, "dataset"),
-        "resolution": int(_asked(resolution, "resolution")),
-        "ipc": int(_asked(ipc, "ipc", "10")),
+        "resolution": _number(resolution, "resolution"),
+        "ipc": _number(ipc, "ipc", "10"),
         "labels": label_kind,
         "made": _asked(made, "made"),
         "extra_data": extra_data,
+        "claimed_clean": claimed,
         "data": data,
     }
     if label_kind == "teacher":
-        words["teacher"] = {"arch": "resnet18", "path": "teacher.safetensors"}
+        words["teacher"] = {"arch": teacher, "path": "teacher.safetensors"}
     try:
         form = Submission.model_validate(words)
     except ValidationError as error:
@@ -125,6 +138,13 @@ def new(
     typer.echo(f"wrote {folder / FORM}")
     where = form.data.path or "what the form names"
     typer.echo(f"put the images at {where}, then: guardbench submission check {folder}")
+
+
+def _number(given: int | None, field: str, default: str | None = None) -> int:
+    text = _asked(given, field, default)
+    if not text.isascii() or not text.isdigit():
+        raise GuardbenchError(f"{field}: {text!r} is no whole number.")
+    return int(text[:9])
 
 
 def _asked(given: Any, field: str, default: str | None = None) -> str:
@@ -201,8 +221,12 @@ def print_report(console: Console, report: Report) -> None:
         console.print(
             f"[red]problem[/red]  {escape(str(problem))}", highlight=False, soft_wrap=True
         )
-    found = len(report.problems.listed)
-    line(f"{found} problem{'s' * (found != 1)} found" if found else "ok: nothing is wrong")
+    if found := report.problems.count:
+        line(f"{found} problem{'s' * (found != 1)} found")
+    elif report.copied is None:
+        line("ok, but copies were not looked for")
+    else:
+        line("ok: nothing is wrong")
 
 
 @app.command()
@@ -221,6 +245,14 @@ def score(
     tier: TierOption = TierName.official,
     images: DevImages = None,
     references: References = True,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke",
+            help="Minutes instead of hours, unofficial: one student, a tenth of its epochs, PGD and a short "
+            "Square on 50 images. Shows whether it works.",
+        ),
+    ] = False,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
     output: Annotated[
@@ -266,7 +298,8 @@ def score(
                 engine=engine.value,
                 tier=tier.value,
                 images=images,
-                references=references,
+                references=references and not smoke,
+                smoke=smoke,
             ),
             Progress(console),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,7 +38,7 @@ from guardbench.submissions.fetch import fetch_data
 from guardbench.submissions.form import FORM, Submission
 from guardbench.submissions.problems import Problems
 from guardbench.submissions.read import Content
-from guardbench.tier import sample_size
+from guardbench.tier import SMOKE_IMAGES, sample_size, smoke
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class Settings:
     tier: Tier
     images: int | None
     references: bool
+    smoke: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
     Raises:
         GuardbenchError: it does not pass its check, its data are not here, or a setting is wrong.
     """
-    if settings.publish and settings.tier == "dev":
+    if settings.publish and (settings.tier == "dev" or settings.smoke):
         raise GuardbenchError("--publish: a dev record is unofficial; publish without --tier dev.")
     check_writable(settings.output)
     report, real = check_submission(
@@ -180,6 +181,8 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
     if report.problems or form is None or content is None or real is None:
         _refuse(settings, report)
     protocol = _protocol(settings, form)
+    if settings.smoke:
+        protocol, settings = smoke(protocol), replace(settings, tier="dev", images=SMOKE_IMAGES)
     checkout = checkout_for(protocol) if settings.publish else None
     if checkout is not None:
         for split in real:
@@ -347,7 +350,7 @@ def _protocol(settings: Settings, form: Submission) -> Protocol:
     """The protocol named, or the one that measures the submission's setting."""
     fitting = protocols_for(form)
     if settings.protocol is None:
-        if len(fitting) > 1:
+        if len(fitting) > 1 and not settings.smoke:
             named = ", ".join(protocol.id for protocol in fitting)
             raise GuardbenchError(
                 f"several protocols measure this; name one with --protocol: {named}."

@@ -147,7 +147,7 @@ def commit(folder: Path, message: str) -> None:
 def test_the_boards_workflow_passes_here_and_fails_on_a_difference(checkout) -> None:
     found = steps("boards.yml")
     assert found["install"] == "python -m pip install ."
-    for name in ("rebuild", "check"):
+    for name in ("rebuild", "check", "submissions"):
         result = shell(found[name], checkout)
         assert result.returncode == 0, result.stdout + result.stderr
     board = checkout / "leaderboards" / "digits" / "ipc10.json"
@@ -171,10 +171,50 @@ def test_the_submission_workflow_checks_scores_and_writes_the_table(checkout, tm
         assert result.returncode == 0, result.stdout + result.stderr
     table = (tmp_path / "table" / "table.txt").read_text()
     assert "Mine (mine) on digits" in table
-    assert "autoattack" in table
+    assert "ok: nothing is wrong" in table
+    assert "UNOFFICIAL" in table.upper()
     assert (tmp_path / "table" / "number.txt").read_text() == "7\n"
     (head / "submissions" / "mine" / "images.safetensors").unlink()
     commit(head, "it breaks")
     refs["HEAD"] = git(head, "rev-parse", "HEAD")
-    assert shell(found["find"], tmp_path, **refs).returncode == 0
+    assert shell(found["find"], tmp_path, NUMBER="7", **refs).returncode == 0
     assert shell(found["check"], tmp_path, **refs).returncode == 1
+    assert "images.safetensors: No such file" in (tmp_path / "table" / "table.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", ["submissions/Mine/submission.toml", "submissions/mine/results/digits/ipc1-seed0.json"]
+)
+def test_the_submission_workflow_refuses_what_nobody_would_look_at(
+    path, checkout, tmp_path
+) -> None:
+    head = tmp_path / "head"
+    git(tmp_path, "clone", "-q", str(checkout), "head")
+    (head / path).parent.mkdir(parents=True)
+    (head / path).write_text("x")
+    commit(head, "something")
+    refs = {"BASE": git(checkout, "rev-parse", "HEAD"), "HEAD": git(head, "rev-parse", "HEAD")}
+    assert shell(steps("submission.yml")["find"], tmp_path, NUMBER="7", **refs).returncode == 1
+
+
+def test_a_table_is_put_under_the_pull_request_that_was_scored_and_no_other(tmp_path) -> None:
+    """`gh` is replaced by one that knows pull request 7 and writes down what it is told to post."""
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "number.txt").write_text("7\n")
+    (tmp_path / "table" / "table.txt").write_text("row\n```\n\x1b[2J@everyone\n")
+    fake = tmp_path / "bin" / "gh"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/sh\nif [ "$1" = api ]; then [ "$2" = repos/o/r/pulls/7 ] && echo abc; '
+        'else echo "$@" > posted; fi\n'
+    )
+    fake.chmod(0o755)
+    lines = f'PATH="{fake.parent}:$PATH"\n' + steps("comment.yml")["comment"]
+    assert shell(lines, tmp_path, GH_REPO="o/r", HEAD="abc").returncode == 0
+    assert (tmp_path / "posted").read_text() == "pr comment 7 --body-file body.md\n"
+    body = (tmp_path / "body.md").read_text()
+    assert body.count("```") == 2
+    assert "\x1b" not in body
+    (tmp_path / "posted").unlink()
+    assert shell(lines, tmp_path, GH_REPO="o/r", HEAD="another").returncode != 0
+    assert not (tmp_path / "posted").exists()

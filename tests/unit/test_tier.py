@@ -14,10 +14,10 @@ from guardbench.attacks.searched import in_bf16, search_model
 from guardbench.cli import app
 from guardbench.errors import GuardbenchError
 from guardbench.models import build_model
-from guardbench.protocol import load_protocol
+from guardbench.protocol import load_protocol, protocol_ids
 from guardbench.runtime import _gains
 from guardbench.threat import ThreatModel
-from guardbench.tier import measured, sample_size, stratified
+from guardbench.tier import measured, sample_size, smoke, stratified
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +47,19 @@ def test_the_subset_is_the_first_images_of_each_class_in_order():
 )
 def test_by_default_no_attack_meets_more_images_than_officially(protocol, classes, expected):
     assert sample_size(load_protocol(protocol), classes, "dev", None) == expected
+
+
+def test_a_smoke_test_is_short_and_has_an_id_of_its_own():
+    for name in protocol_ids():
+        whole = load_protocol(name)
+        short = smoke(whole)
+        assert short.id == f"{name}-smoke"
+        assert short.digest != whole.digest
+        assert len(short.student.seeds) == 1
+        assert short.student.epochs * 10 <= whole.student.epochs
+        assert [spec.kind for spec in short.attacks] == ["pgd", "square"]
+        assert short.attacks[1].params["queries"] == 500
+        assert type(short).model_validate(short.model_dump()) == short
 
 
 def test_another_number_must_share_equally_and_belongs_to_the_dev_tier():
