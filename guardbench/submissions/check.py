@@ -17,18 +17,17 @@ from guardbench.data.catalog import DatasetInfo, dataset_info
 from guardbench.data.dataset import RealDataset
 from guardbench.errors import GuardbenchError
 from guardbench.methods import method_names
-from guardbench.models import ARCHITECTURES, Classifier, build_model, load_weights
+from guardbench.models import Classifier
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids, read_toml
 from guardbench.record_files import FILE_LIMIT, load_record
-from guardbench.records import printable
-from guardbench.submissions.files import plain_file, safetensors_heads, walk
+from guardbench.submissions.files import plain_file, walk
 from guardbench.submissions.form import FILL_IN, FORM, Submission
 from guardbench.submissions.leaks import find_leaks
 from guardbench.submissions.problems import Problems
 from guardbench.submissions.read import Content, read_content
+from guardbench.submissions.teacher import read_teacher, share_known
 
-TEACHER_BYTES = 1 << 30
 SUM_TOLERANCE = 1e-3
 """How far a soft label may sum from 1: float16 labels of many classes are off by about this."""
 BESIDE = ("preview.png", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -102,8 +101,14 @@ def check(
     if not sound:
         return report
     _check_duplicates(content, problems)
-    if report.teacher is not None:
-        _try_teacher(report.teacher, form, content, report)
+    if report.teacher is not None and form.teacher is not None:
+        with problems.catching(form.teacher.path):
+            share = share_known(report.teacher, content.images, content.labels)
+            report.facts["teacher"] = f"{form.teacher.arch}, right on {share:.0%} of the images"
+            if share < 2 / info.num_classes:
+                report.notes.append(
+                    "the teacher is near chance on the images: is its order of classes another?"
+                )
     if real is None:
         report.notes.append(f"copies were not looked for: {form.dataset} is not here (--data-dir).")
     else:
@@ -194,8 +199,7 @@ def _read(
     if form.data.kind in ("hub", "url") and fetched is None:
         return form, None, None  # that it could not be fetched, its caller says
     content = read_content(folder, form, info, fetched, problems)
-    teacher = None if form.teacher is None else _read_teacher(folder, form, info, problems)
-    return form, content, teacher
+    return form, content, read_teacher(folder, form, info, problems)
 
 
 def _check_setting(form: Submission, problems: Problems) -> None:
@@ -328,50 +332,6 @@ def _check_duplicates(content: Content, problems: Problems) -> None:
             "",
             f"is the same image as {content.names[earlier]}; every one must be its own.",
             kind="duplicate",
-        )
-
-
-def _read_teacher(
-    folder: Path, form: Submission, info: DatasetInfo, problems: Problems
-) -> Classifier | None:
-    assert form.teacher is not None
-    arch, path = form.teacher.arch, form.teacher.path
-    if arch not in ARCHITECTURES:
-        problems.add(FORM, "teacher.arch", f"{arch!r} is not one of {', '.join(ARCHITECTURES)}.")
-        return None
-    with problems.catching(path):
-        file = plain_file(folder, path, most=TEACHER_BYTES)
-        safetensors_heads(file, printable(path))
-        teacher = build_model(
-            arch,
-            channels=info.channels,
-            classes=info.num_classes,
-            resolution=form.resolution,
-            seed=0,
-        )
-        load_weights(teacher, file)
-        for name, value in teacher.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise GuardbenchError(f"{name}: holds NaN or infinity; mend it.")
-        return teacher.eval().requires_grad_(False)
-    return None
-
-
-def _try_teacher(teacher: Classifier, form: Submission, content: Content, report: Report) -> None:
-    """Notes how many of the submission's own images its teacher knows: chance tells of a wrong order."""
-    with torch.no_grad():
-        logits = torch.cat([teacher(part) for part in torch.split(content.images, 256)])
-    assert form.teacher is not None
-    if not bool(logits.isfinite().all()):
-        report.problems.add(
-            form.teacher.path, "", "answers NaN or infinity on the submission's images."
-        )
-        return
-    share = float((logits.argmax(1) == content.labels).float().mean())
-    report.facts["teacher"] = f"{form.teacher.arch}, right on {share:.0%} of the images"
-    if share < 2 / logits.shape[1]:
-        report.notes.append(
-            "the teacher is near chance on the images: is its order of classes another?"
         )
 
 
