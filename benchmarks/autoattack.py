@@ -4,27 +4,29 @@
     python benchmarks/autoattack.py --weights sre2l.safetensors guard.safetensors at.safetensors \
         --arch convnet-d3-bn-small --protocol digits --images 300 --eps 1/255 8/255
 
-Images go to both engines in the same slices, turn and turn about, so that a neighbour's load hits both.
-Prints for each model and radius the robust accuracy of both, the places of the images on which they
-differ, seconds, their ratio and peak memory, and at the end the same over all, with a sign test.
-pyautoattack gets its best batch size with --batch; it sees the model as it is, the engine its folded
-copy, as in `guardbench evaluate`. With `--tier dev` the engine runs a third time, as that tier searches
-on this device.
+Both engines run in processes of their own, which take turns of a few seconds (`turns.py`), so that a
+neighbour's load or a slow minute hits both. Prints for each model and radius the robust accuracy of both,
+the places of the images on which they differ, seconds, their ratio and peak memory, and at the end the
+same over all, with a sign test. pyautoattack gets its best batch size with --batch; it sees the model as
+it is, the engine its folded copy, as in `guardbench evaluate`. With `--tier dev` the engine runs a third
+time, as that tier searches on this device.
 """
 
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from turns import TURN_S, in_turns
 
 from guardbench.attacks.autoattack import AutoAttack, part_name
 from guardbench.attacks.base import run_batch, score_clean
-from guardbench.attacks.searched import SLACK, Precision, search_model, searchable
+from guardbench.attacks.searched import SLACK, search_model, searchable
 from guardbench.attacks.stream import rows_at_once
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
@@ -36,6 +38,7 @@ from guardbench.threat import ThreatModel
 
 ENGINES = ("pyautoattack", "guardbench")
 DEV = "dev tier"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass
@@ -68,56 +71,71 @@ class Measured:
         return found
 
 
-def measure(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    *,
-    slice_size: int,
-    batch: int,
-    dev: Precision | None = None,
-) -> Measured:
-    """Runs the engines on the images that the model gets right; the others count as not robust.
+@dataclass(frozen=True)
+class Question:
+    """One model at one radius, on the first images of a protocol."""
 
-    Args:
-        dev: what the dev tier searches in here; None leaves it out.
+    weights: Path
+    arch: str
+    normalisation: str | None
+    protocol: str
+    images: int
+    eps: Fraction
+    data_dir: Path | None
+    cache_dir: Path | None
+
+    def load(self) -> tuple[nn.Module, Tensor, Tensor, ThreatModel]:
+        """The model on its device, images and labels on the CPU, and the threat."""
+        protocol = load_protocol(self.protocol)
+        info = dataset_info(protocol.dataset)
+        test = load_split(
+            protocol.dataset, "val", resolution=protocol.resolution, data_dir=self.data_dir,
+            cache_dir=self.cache_dir, progress=Progress(),
+        )  # fmt: skip
+        order = protocol.test_indices(test.ids)[: self.images]
+        model = from_file(
+            self.weights, self.arch, channels=info.channels, classes=info.num_classes,
+            resolution=protocol.resolution, normalisation=self.normalisation, name="model",
+        ).model.to(DEVICE)  # fmt: skip
+        threat = ThreatModel(protocol.threat.norm, self.eps)
+        return model, test.batch(order), test.labels[order], threat
+
+
+def contestant(engine: str, question: Question, batch: int) -> Callable[[], tuple[list[bool], int]]:
+    """What an engine does when it is its turn: who survives, bool [N], and the peak of memory.
+
+    Images that the model gets wrong count as not robust, and are not attacked.
     """
-    device = next(model.parameters()).device
+    model, x, y, threat = question.load()
     right = score_clean(model, x, y).nonzero().squeeze(1)
-    fast = searchable(model, x[:8].to(device))
-
-    def reference(index: Tensor) -> Tensor:
-        attack = AutoAttack(threat=threat, engine="reference")
-        parts = [run_batch(attack, model, x, y, part, seed=0) for part in torch.split(index, batch)]
-        return torch.cat([part.broken for part in parts])
-
-    def ours(index: Tensor) -> Tensor:
-        attack = AutoAttack(threat=threat)
-        return run_batch(attack, model, x, y, index, seed=0, searched=fast).broken
-
-    def unofficial(index: Tensor) -> Tensor:
-        attack = AutoAttack(threat=threat)
+    reference = engine == "pyautoattack"
+    attack = AutoAttack(threat=threat, engine="reference" if reference else "guardbench")
+    fast, slack = searchable(model, x[:8].to(DEVICE)), 0.0
+    if engine == DEV:
+        half = bf16_gains(DEVICE.type, x.shape[-1])
+        fast, precision = search_model(model, x[:8].to(DEVICE), "bf16" if half else "fp32")
         slack = SLACK if precision == "bf16" else 0.0
-        return run_batch(attack, model, x, y, index, seed=0, searched=half, slack=slack).broken
 
-    run = dict(zip(ENGINES, (reference, ours), strict=True))
-    if dev is not None:
-        half, precision = search_model(model, x[:8].to(device), dev)
-        run[DEV] = unofficial
-    names = [*run]
-    found = Measured(
-        {name: torch.zeros(len(x), dtype=torch.bool) for name in names},
-        dict.fromkeys(names, 0.0),
-        dict.fromkeys(names, 0),
+    def run() -> tuple[list[bool], int]:
+        meter, robust = MemoryMeter(DEVICE), torch.zeros(len(x), dtype=torch.bool)
+        for index in torch.split(right, batch if reference else len(right)):
+            searched = None if reference else fast
+            found = run_batch(attack, model, x, y, index, seed=0, searched=searched, slack=slack)
+            robust[index] = ~found.broken
+        return robust.tolist(), meter.peak()
+
+    return run
+
+
+def measure(question: Question, *, batch: int, dev: bool) -> Measured:
+    """Runs the engines in turns."""
+    names = [*ENGINES, *([DEV] if dev else [])]
+    found = in_turns(contestant, {name: (name, question, batch) for name in names})
+    return Measured(
+        {name: torch.tensor(robust) for name, ((robust, _), _) in found.items()},
+        {name: seconds for name, (_, seconds) in found.items()},
+        {name: peak for name, ((_, peak), _) in found.items()},
     )
-    for number, index in enumerate(torch.split(right, slice_size)):
-        for name in names if number % 2 == 0 else names[::-1]:
-            meter, begun = MemoryMeter(device), time.perf_counter()
-            found.robust[name][index] = ~run[name](index)
-            found.seconds[name] += time.perf_counter() - begun
-            found.memory[name] = max(found.memory[name], meter.peak())
-    return found
 
 
 class Counted(nn.Module):
@@ -236,8 +254,9 @@ def main() -> None:
     words.add_argument("--normalisation")
     words.add_argument("--protocol", required=True)
     words.add_argument("--images", type=int, default=200)
-    words.add_argument("--slice", type=int, default=250, help="images an engine gets at a turn")
-    words.add_argument("--batch", type=int, help="pyautoattack's; the whole slice unless told")
+    words.add_argument(
+        "--batch", type=int, default=250, help="images that pyautoattack gets at once"
+    )
     words.add_argument("--tier", choices=("official", "dev"), default="official")
     words.add_argument("--eps", type=Fraction, nargs="+", help="instead of the protocol's")
     words.add_argument(
@@ -247,36 +266,26 @@ def main() -> None:
     words.add_argument("--cache-dir", type=Path)
     args = words.parse_args()
     protocol = load_protocol(args.protocol)
-    info = dataset_info(protocol.dataset)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test = load_split(
-        protocol.dataset, "val", resolution=protocol.resolution, data_dir=args.data_dir,
-        cache_dir=args.cache_dir, progress=Progress(),
-    )  # fmt: skip
-    order = protocol.test_indices(test.ids)[: args.images]
-    x, y = test.batch(order), test.labels[order]
-    norm = protocol.threat.norm
     print(
-        f"{args.arch}, {len(x)} images of {protocol.id}; {device_name(device)}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{args.arch}, {args.images} images of {protocol.id}; {device_name(DEVICE)}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; turns of {TURN_S:g} s"
     )
-    dev: Precision | None = None
-    if args.tier == "dev":
-        dev = "bf16" if bf16_gains(device.type, protocol.resolution) else "fp32"
-        print(f"{DEV}: searches in {dev} on this device, where the network allows it")
     parts = []
     for weights in args.weights:
-        model = from_file(
-            weights, args.arch, channels=info.channels, classes=info.num_classes,
-            resolution=protocol.resolution, normalisation=args.normalisation, name="model",
-        ).model.to(device)  # fmt: skip
-        clean = 100 * score_clean(model, x, y).float().mean()
         for eps in args.eps or [protocol.threat.model.eps]:
-            size = {"slice_size": args.slice, "batch": args.batch or args.slice, "dev": dev}
-            parts.append(measure(model, x, y, ThreatModel(norm, eps), **size))
-            print(f"{weights.stem}, {norm} {eps}, {clean:.1f}% clean", *parts[-1].lines(), sep="\n")
+            question = Question(
+                weights, args.arch, args.normalisation, args.protocol, args.images, eps,
+                args.data_dir, args.cache_dir,
+            )  # fmt: skip
+            parts.append(measure(question, batch=args.batch, dev=args.tier == "dev"))
+            print(
+                f"{weights.stem}, {protocol.threat.norm} {eps}",
+                *parts[-1].lines(),
+                sep="\n",
+                flush=True,
+            )
             if args.shares:
-                print(*shares(model, x, y, ThreatModel(norm, eps)), sep="\n")
+                print(*shares(*question.load()), sep="\n", flush=True)
     if len(parts) > 1:
         whole = together(parts)
         print(f"all, {len(whole.robust[ENGINES[0]])} verdicts", *whole.lines(), sep="\n")
