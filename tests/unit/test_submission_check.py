@@ -26,7 +26,6 @@ from guardbench.submissions.check import check, recipe_of
 from guardbench.submissions.fetch import require_public
 from guardbench.submissions.files import inside, read_png, safetensors_heads, walk
 from guardbench.submissions.form import FORM, Submission, form_text, load_form
-from guardbench.submissions.leaks import find_leaks
 from guardbench.submissions.pack import opened, pack, unpack
 
 FORM_WORDS = {
@@ -577,37 +576,6 @@ def real() -> tuple[RealDataset, RealDataset]:
         )
 
     return load("train"), load("val")
-
-
-@pytest.mark.parametrize("how", ["same", "mirrored", "noisy", "faded"])
-def test_validation_images_are_found_however_they_were_altered(
-    how: str, real: tuple[RealDataset, RealDataset]
-) -> None:
-    train, val = real
-    images = val.batch(torch.arange(0, 445, 9))
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    altered = {
-        "same": images,
-        "mirrored": images.flip(-1),
-        "noisy": (images + 0.02 * noise).clamp(0, 1),
-        "faded": 0.2 + 0.6 * images,
-    }[how]
-    found = find_leaks(altered, train, val, Progress())
-    assert found.leaked.float().mean() > 0.9
-    assert bool(found.val.exact.all()) == (how == "same")
-
-
-def test_honest_images_are_no_leak(real: tuple[RealDataset, RealDataset]) -> None:
-    train, val = real
-    own = train.batch(torch.arange(0, 1350, 11))
-    means = torch.stack(
-        [train.batch((train.labels == c).nonzero().flatten()).mean(0) for c in range(10)]
-    )
-    noise = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    for images in (own, means, noise):
-        assert not find_leaks(images, train, val, Progress()).leaked.any()
-    assert find_leaks(own, train, val, Progress()).copied.all()
-    assert not find_leaks(torch.cat([means, noise]), train, val, Progress()).copied.any()
 
 
 def test_a_leak_and_a_coreset_are_told(
