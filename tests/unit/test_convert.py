@@ -975,9 +975,15 @@ def test_what_is_written_passes_the_check(tmp_path, labels):
     done = run(path, "--output", out, "--dataset", "digits", "--normalisation", "mnist")
     assert done.exit_code == 0, done.output
     torch.testing.assert_close(load_file(out / "images.safetensors")["images"], grey)
-    checked = CliRunner().invoke(app, ["submission", "check", str(out), "--no-copies"])
+    words = ["submission", "check", str(out), "--no-copies"]
+    unsaid = CliRunner().invoke(app, words)
+    assert unsaid.exit_code == 1
+    assert "licence: still says FILL IN; say it." in unsaid.output
+    form = out / "submission.toml"
+    form.write_text(form.read_text().replace("FILL IN", "Said:"))
+    checked = CliRunner().invoke(app, words)
     assert checked.exit_code == 0, checked.output
-    assert "ok: nothing is wrong" in checked.output
+    assert "ok, but copies were not looked for" in checked.output
     assert f"IPC 1, {labels} labels" in checked.output
 
 

@@ -712,4 +712,7 @@ def test_every_stage_of_a_record_is_of_distillation_or_of_evaluation(path: Path)
     record = load_record(path)
     named = {re.split(r"[\s:/]", cost.stage)[0] for cost in record.cost}
     distilling = named - EVALUATION_STAGES - set(record.attack_names)
-    assert distilling <= {"squeeze", "recover", "relabel", "match", "experts", "select"}
+    selecting = {"random", "herding", "k-center", "full"}
+    assert distilling <= selecting | {
+        "squeeze", "recover", "relabel", "match", "experts", "submission"
+    }  # fmt: skip

@@ -384,12 +384,18 @@ def typed(entry, **changes):
     return shlex.split(command(record, area=entry.row.area, path=entry.row.record.path))
 
 
+def alone(entry):
+    """Its students, without those that they are compared with."""
+    return tuple(run.model_copy(update={"references": {}}) for run in entry.record.seeds)
+
+
 def test_the_command_measures_the_row_again(boards):
-    assert typed(entry_of(boards, "mat")[1]) == [
+    ours, theirs = (entry_of(boards, name)[1] for name in ("mat", "stranger"))
+    assert typed(ours, seeds=alone(ours)) == [
         "guardbench", "run", "--method", "mat", "--protocol", "digits", "--ipc", "10", "--seed", "0",
         "--set", "squeeze.epochs=5", "--precision", "fp32",
     ]  # fmt: skip
-    assert typed(entry_of(boards, "stranger")[1]) == [
+    assert typed(theirs, seeds=alone(theirs)) == [
         "guardbench", "submission", "score", "submissions/stranger", "--protocol", "digits",
         "--no-references", "--precision", "fp32",
     ]  # fmt: skip
