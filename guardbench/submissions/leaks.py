@@ -29,13 +29,13 @@ from guardbench.progress import Progress
 
 SIDE = 8
 """Of a thumbnail, in pixels."""
-CROPS = (0.9, 0.8, 0.7)
-"""Shares of the side that the crops of real images keep: each at the centre, the corners and half-way."""
 INNER = (0.9, 0.8)
 """Shares of the side that the centres of submitted images keep: they may be shifted or have a border."""
+CROPS = (*INNER, 0.85, 0.75, 0.7)
+"""Shares of the side that the crops of real images keep: each at the centre, the corners and half-way."""
 NEAR = 0.45
 """Distance of two features under which one image may be made from the other."""
-NEARER = 0.55
+NEARER = 0.5
 """A leak lies at most this share as far from its validation image as from any training image. Honest images
 are about as far from both, since both splits are drawn alike."""
 COPY = 0.1
