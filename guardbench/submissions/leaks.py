@@ -6,10 +6,11 @@ contrast and tint do not count, nor does it whether it is a negative. Sought are
 in the real image and its crops, its other turns and flips and its quarters in the real image, and what
 lies within a border.
 
-What this cannot find: validation images blended half and half with others, crops of much less than 0.7
-of the side, small pieces pasted into another image, turns by other angles than quarters, strong
-noise or distortion, and whatever was learnt from validation images without looking like one. A low
-distance is a reason to look, and the absence of one proves nothing.
+Not found are crops of less than about 0.7 of the side, mosaics of crops, turns by 10 degrees, borders of
+an eighth of the side, small pieces pasted into another image, blends of half and half, and whatever
+was learnt from validation images without looking like one. Crops between the sought ones, blends of
+eight parts in ten, single negated channels and cut-outs are found in part. At 8 px strong noise and bent
+tone curves hide an image as well. A low distance is a reason to look; the absence of one proves nothing.
 """
 
 from __future__ import annotations
