@@ -72,3 +72,6 @@ def main() -> None:
 
         typer.echo(f"error: {printable(str(error), 4000)}", err=True)
         sys.exit(2)
+    except KeyboardInterrupt:  # where Typer does not see it, as while it ends a command
+        typer.echo("interrupted; run the same command again to go on from here", err=True)
+        sys.exit(130)
