@@ -71,6 +71,11 @@ def file_record(record: ResultRecord, place: Place, warn: Callable[[str], None])
     return paths
 
 
+def own_protocol(named: str | None) -> Path | None:
+    """The user's own protocol file, if `--protocol` named one."""
+    return Path(named) if named is not None and named.endswith(".toml") else None
+
+
 def _known_protocol(workspace: Path, name: str) -> Protocol:
     """A published protocol, or one of the workspace's own."""
     own = workspace / "protocols" / f"{name}.toml"

@@ -29,7 +29,7 @@ from guardbench.evaluation import (
     measured_test,
     plan_evaluation,
 )
-from guardbench.filing import Place, checkout_for, file_record
+from guardbench.filing import Place, checkout_for, file_record, own_protocol
 from guardbench.methods import MethodFile, load_method, overridden
 from guardbench.models import build_model
 from guardbench.progress import Progress
@@ -101,14 +101,12 @@ class Plan:
     @property
     def place(self) -> Place:
         """Where the record goes."""
-        protocol = self.settings.protocol
-        own = protocol is not None and protocol.endswith(".toml")
         return Place(
             workspace=self.settings.output,
             area="baselines",
             name=self.method.name,
             mark=f"{self.own}-seed{self.settings.seed}",
-            own_protocol=Path(protocol) if own and protocol is not None else None,
+            own_protocol=own_protocol(self.settings.protocol),
             checkout=self.checkout,
         )
 

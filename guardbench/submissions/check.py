@@ -236,7 +236,7 @@ def _check_results(folder: Path, recipe: str, problems: Problems) -> None:
     """Records beside a submission must be of this very one."""
     with problems.catching(folder.name):
         for name in walk(folder):
-            if not _RESULT.fullmatch(name):
+            if not (_RESULT.fullmatch(name) and name.startswith("results/")):
                 continue
             with problems.catching(name):
                 record = load_record(plain_file(folder, name, most=FILE_LIMIT))

@@ -23,7 +23,7 @@ from guardbench.evaluation import (
     measured_test,
     plan_evaluation,
 )
-from guardbench.filing import Place, checkout_for, file_record
+from guardbench.filing import Place, checkout_for, file_record, own_protocol
 from guardbench.metrics import Measurement, estimate
 from guardbench.pipeline import Finished, choose_protocol, networks, require_complete
 from guardbench.progress import Progress
@@ -175,7 +175,7 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
         cache_dir=settings.cache_dir,
         progress=progress,
         download=True,
-        own_protocol=_own(settings) is not None,
+        own_protocol=own_protocol(settings.protocol) is not None,
     )
     form, content = report.form, report.content
     if report.problems or form is None or content is None or real is None:
@@ -235,7 +235,7 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
             area="submissions",
             name=form.name,
             mark="-seed0",
-            own_protocol=Path(protocol_file) if (protocol_file := _own(settings)) else None,
+            own_protocol=own_protocol(settings.protocol),
             checkout=checkout,
         ),
     )
@@ -338,12 +338,6 @@ def _refuse(settings: Settings, report: Report) -> NoReturn:
         f" ({count - 1} more: `guardbench submission check {settings.folder}`)" if count > 1 else ""
     )
     raise GuardbenchError(f"{settings.folder}: {first}{more}")
-
-
-def _own(settings: Settings) -> str | None:
-    """The user's own protocol file, if that is what was named."""
-    named = settings.protocol
-    return named if named is not None and named.endswith(".toml") else None
 
 
 def _protocol(settings: Settings, form: Submission) -> Protocol:
