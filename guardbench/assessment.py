@@ -117,16 +117,17 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
     """
     request, protocol, run = prepared.request, prepared.protocol, prepared.run
     sample = prepared.sample
-    with explained(request.output):
-        test = load_split(
-            protocol.dataset,
-            "val",
-            resolution=protocol.resolution,
-            data_dir=request.data_dir,
-            cache_dir=request.cache_dir,
-            progress=run.progress,
-            per_class=1,
-        )
+    with explained(request.output), run.processes.heard():
+        with run.processes.local_first():
+            test = load_split(
+                protocol.dataset,
+                "val",
+                resolution=protocol.resolution,
+                data_dir=request.data_dir,
+                cache_dir=request.cache_dir,
+                progress=run.progress,
+                per_class=1,
+            )
         order = measured_indices(protocol, test, sample)
         x, y = test.select(order), test.labels[order]
         model = prepared.imported.model
@@ -135,7 +136,9 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             protocol,
             seed=request.seed,
             position=0,
-            subject=fingerprint(prepared.imported, x[:8], y[:8], run.device),
+            subject=run.processes.from_main(
+                lambda: fingerprint(prepared.imported, x[:8], y[:8], run.device)
+            ),
             test_digest=test.digest,
             engine=request.engine,
             sample=sample,
@@ -160,7 +163,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             ),
             classifier=prepared.imported.described,
         )
-        save_record(prepared.record_path, record)
+        run.processes.from_main(lambda: save_record(prepared.record_path, record))
     return record, prepared.record_path
 
 

@@ -76,13 +76,13 @@ class FirstOrderCurvature:
         assert images.grad is not None
         with running_statistics_kept(batch.model):
             moved = batch.loss(images.detach() + step_along(images.grad, self.h))
-        rise = moved.detach() - loss.detach()
+        rise = batch.total(moved.detach() - loss.detach())
         signed = self.weight * torch.sign(rise)
         for parameter in batch.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(1 - signed)
         (signed * moved).backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), self.weight * rise.abs()
+        return loss.detach(), batch.shared(self.weight * rise.abs())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class DoubleBackwardCurvature:
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Regulariser.backward`."""
-        count = len(batch.images)
+        count = batch.count
         images = batch.images.detach().requires_grad_()
         loss = batch.loss(images)
         (here,) = torch.autograd.grad(loss * count, images, create_graph=True)
@@ -120,7 +120,8 @@ class DoubleBackwardCurvature:
         with running_statistics_kept(batch.model):
             moved = batch.loss(there_images)
         (there,) = torch.autograd.grad(moved * count, there_images, create_graph=True)
-        penalty = self.weight * (there - here).flatten(1).square().sum(1).mean()
+        apart = (there - here).flatten(1).square().sum(1)
+        penalty = self.weight * batch.shared(apart.mean())
         (loss + penalty).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), penalty.detach()
 

@@ -10,6 +10,10 @@ class GuardbenchError(Exception):
     """
 
 
+class PeerError(GuardbenchError):
+    """What stopped the first process of a run, in the others: the user has been told already."""
+
+
 def brief(error: BaseException, limit: int = 160) -> str:
     """The first line of another library's error, cut short; its kind when it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

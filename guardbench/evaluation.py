@@ -16,7 +16,7 @@ from guardbench.references import ReferencePlan, measure_references, plan_refere
 from guardbench.runtime import Run
 from guardbench.scoring import Costs, ScoringPlan, plan_scoring, score
 from guardbench.tier import stratified
-from guardbench.training import plan_relabel, plan_student, relabel, train_student
+from guardbench.training import plan_relabel, plan_student, relabel, train_students
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def evaluate(
         with costs.of(plan.labels):
             relabel(run, distilled, protocol.student, plan.labels)
     runs = []
-    for seed in plan.seeds:
-        with costs.of(seed.student):
-            model = train_student(
-                run, distilled, protocol.student, seed.scoring.seed, seed.student, plan.labels
-            )
-        runs.append(score(run, protocol, seed.scoring, model, x, y, costs))
+    for seeds in run.processes.rounds(plan.seeds):
+        stages = {seed.scoring.seed: seed.student for seed in seeds}
+        with costs.of(*stages.values()):
+            models = train_students(run, distilled, protocol.student, stages, plan.labels)
+        for seed, model in zip(seeds, models, strict=True):
+            runs.append(score(run, protocol, seed.scoring, model, x, y, costs))
     beside = measure_references(run, plan.references, distilled, train, x, y, costs)
     for place, references in enumerate(beside):
         runs[place] = SeedRun.model_validate({**dict(runs[place]), "references": references})

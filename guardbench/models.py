@@ -23,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from guardbench.errors import GuardbenchError, brief
 from guardbench.protocol import unknown
+from guardbench.runtime import Run
 from guardbench.store import write_bytes
 
 if TYPE_CHECKING:
@@ -369,3 +370,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise GuardbenchError(
             f"{path}: not weights of this architecture: {brief(error)}"
         ) from error
+
+
+def load_trained(run: Run, model: Classifier, path: Path) -> Classifier:
+    """A model that a stage has trained, on the run's device, in eval mode, without gradients.
+
+    Args:
+        model: of the architecture of `path`, which the run's first process reads for all.
+    """
+    run.processes.from_main(lambda: load_weights(model, path))
+    model.to(run.device).eval().requires_grad_(False)
+    run.processes.take_over(model)
+    return model

@@ -228,8 +228,9 @@ def execute(plan: Plan) -> Finished:
     """Runs what is not done yet, writes the record and rebuilds the boards."""
     settings, protocol, run = plan.settings, plan.protocol, plan.task.run
     warnings: list[str] = []
-    with explained(settings.output):
-        train, test = (_load(plan, split) for split in ("train", "val"))
+    with explained(settings.output), run.processes.heard():
+        with run.processes.local_first():
+            train, test = (_load(plan, split) for split in ("train", "val"))
         measured_indices(protocol, test, plan.evaluating.sample)  # refused before the long part
         if plan.checkout is not None:
             require_complete(train)
@@ -265,7 +266,7 @@ def execute(plan: Plan) -> Finished:
             "artifact": folder / MANIFEST,
             "images": folder / PREVIEW,
             **networks(plan.distilling, plan.evaluating),
-            **file_record(record, plan.place, warnings.append),
+            **run.processes.from_main(lambda: file_record(record, plan.place, warnings.append)),
         }
     return Finished(record, paths, tuple(warnings))
 
@@ -311,7 +312,8 @@ def expected_seconds(run: Run, protocol: Protocol, stages: Sequence[PlannedStage
         return 0.0
     fast = _images_per_second(run, protocol, run.precision)
     exact = fast if run.precision == "fp32" else _images_per_second(run, protocol, "fp32")
-    return sum(stage.passes / (exact if stage.fp32 else fast) for stage in left)
+    seconds = sum(stage.passes / (exact if stage.fp32 else fast) for stage in left)
+    return seconds / run.processes.count
 
 
 def _images_per_second(run: Run, protocol: Protocol, precision: str) -> float:

@@ -42,7 +42,7 @@ def provenance(
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        device=device_name(run.device),
+        device=run.processes.times(device_name(run.device)),
         precision=precision,
         threads=torch.get_num_threads(),
         engines=dict(engines),

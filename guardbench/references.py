@@ -23,7 +23,7 @@ from guardbench.protocol import Protocol, Student
 from guardbench.records import LabelKind, Outcome, Reference
 from guardbench.runtime import Run
 from guardbench.scoring import Costs
-from guardbench.training import plan_relabel, plan_student, relabel, train_student
+from guardbench.training import plan_relabel, plan_student, relabel, train_students
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,14 @@ def measure_references(
             with costs.of(plan.labels):
                 relabel(run, images, plan.student, plan.labels)
         found = found or [{} for _ in plan.seeds]
-        for place, stage in enumerate(plan.seeds):
-            with costs.of(stage):
-                seed = plan.student.seeds[place]
-                model = train_student(run, images, plan.student, seed, stage, plan.labels)
+        pairs = list(enumerate(zip(plan.student.seeds, plan.seeds, strict=True)))
+        for some in run.processes.rounds(pairs):
+            stages = {seed: stage for _, (seed, stage) in some}
+            with costs.of(*stages.values()):
+                models = train_students(run, images, plan.student, stages, plan.labels)
+            for (place, _), model in zip(some, models, strict=True):
                 right = score_clean(model, x, y)
-            found[place][plan.way] = Outcome.from_flags(right.tolist())
+                found[place][plan.way] = Outcome.from_flags(right.tolist())
     return found
 
 

@@ -7,6 +7,7 @@ it runs and a `stage.json` once it is finished; a finished stage is never run ag
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import json
 import platform
@@ -15,17 +16,20 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+from accelerate.utils import InitProcessGroupKwargs  # type: ignore[import-untyped]
 from torch import Tensor
 
 import guardbench
 from guardbench import canonical
 from guardbench.errors import GuardbenchError, brief
+from guardbench.processes import HOURS_TO_WAIT, Processes
 from guardbench.progress import Progress
 from guardbench.records import StageCost
 from guardbench.store import write_bytes, write_text
@@ -73,7 +77,8 @@ def make_accelerator(device: str, precision: str, resolution: int) -> Accelerato
     torch.backends.cudnn.benchmark = False
     # Accelerate keeps one state a process and refuses another precision; a second run may want one.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=kind == "cpu", mixed_precision=mixed)
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=HOURS_TO_WAIT))
+    return Accelerator(cpu=kind == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
 
 
 def _check_device(device: str) -> str:
@@ -155,15 +160,20 @@ class StageFolder:
         name: `squeeze`, `recover`, `relabel`, `student 0`, `attack pgd100 0` and so on.
         path: its folder.
         words: everything that shaped its result; `key` is their digest.
+        processes: of the run. Its first one reads and writes the folder and tells the others, so each
+            method must be called by all of them.
     """
 
     name: str
     path: Path
     words: Mapping[str, Any]
+    processes: Processes
     _begun: float = field(default=0.0, init=False)
     _spent: float = field(default=0.0, init=False)
     _saved: float = field(default=0.0, init=False)
     _took: float = field(default=0.0, init=False)
+    _calls: int = field(default=0, init=False)
+    _ask_at: int = field(default=0, init=False)
     _meter: MemoryMeter | None = field(default=None, init=False)
 
     @property
@@ -178,6 +188,9 @@ class StageFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """What `finish` stored, or None when the stage has not ended."""
+        return self.processes.from_main(self._finished)
+
+    def _finished(self) -> dict[str, Any] | None:
         path = self.path / "stage.json"
         if not path.is_file():
             return None
@@ -198,13 +211,22 @@ class StageFolder:
         """Starts the clock; returns the last checkpoint of an earlier, unfinished run, if any."""
         self._begun = self._saved = time.monotonic()
         self._meter = MemoryMeter(device)
+        found = self.processes.from_main(self._last_checkpoint)
+        if found is None:
+            return None
+        self._spent = float(found["seconds"])
+        return dict(found["state"])
+
+    def _last_checkpoint(self) -> dict[str, Any] | None:
         for part in self.path.glob(".*.part"):  # of a run that was killed while it wrote
             part.unlink(missing_ok=True)
         if not self.checkpoint_path.is_file():
             return None
         try:
-            state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-            if state["key"] != self.key:
+            found: dict[str, Any] = torch.load(
+                self.checkpoint_path, map_location="cpu", weights_only=True
+            )
+            if found["key"] != self.key:
                 raise ValueError("it belongs to another stage")
         # Broad on purpose: torch's restricted unpickler raises struct.error, IndexError and more for
         # damaged bytes, no list of them is complete, and each means the same to the user.
@@ -213,8 +235,7 @@ class StageFolder:
                 f"{self.checkpoint_path}: unreadable checkpoint "
                 f"({brief(error)}); delete it to restart this stage."
             ) from error
-        self._spent = float(state["seconds"])
-        return dict(state["state"])
+        return found
 
     @property
     def seconds(self) -> float:
@@ -223,32 +244,52 @@ class StageFolder:
 
     def due(self) -> bool:
         """Whether the last checkpoint is old enough to be worth another, at most a twentieth of the time."""
-        return time.monotonic() - self._saved > CHECKPOINT_EVERY_S * max(1.0, self._took)
+        self._calls += 1
+        if self._calls < self._ask_at:
+            return False
+        elapsed = time.monotonic() - self._saved
+        old = elapsed > CHECKPOINT_EVERY_S * max(1.0, self._took)
+        if self.processes.count > 1:
+            # A message a step would slow down short ones, so the next is a second away.
+            rate = int(self._calls / max(time.monotonic() - self._begun, 1e-3))
+            old, rate = self.processes.from_main(lambda: (old, rate))
+            self._ask_at = self._calls + max(1, rate)
+        return old
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Writes tensors and plain values from which `begin` can go on."""
+        """Writes tensors and plain values from which `begin` can go on; those of the first process."""
         begun = time.monotonic()
-        buffer = io.BytesIO()
-        torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
-        write_bytes(self.checkpoint_path, buffer.getvalue())
+        if self.processes.main:
+            buffer = io.BytesIO()
+            torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
+            write_bytes(self.checkpoint_path, buffer.getvalue())
         self._saved = time.monotonic()
         self._took = self._saved - begun
 
     def finish(
         self, device: torch.device, files: tuple[str, ...] = (), **facts: Any
     ) -> dict[str, Any]:
-        """Marks the stage as finished with its `files` (in `path`), cost and further `facts`."""
+        """Marks the stage as finished with its `files` (in `path`), cost and further `facts`.
+
+        The peak memory is that of the process that took most.
+        """
         assert self._meter is not None, "begin comes first"
+        cost = {
+            "stage": self.name,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": max(self.processes.collect(self._meter.peak())),
+            "device": self.processes.times(device_name(device)),
+        }
+        return self.processes.from_main(lambda: self._finish(files, cost, facts))
+
+    def _finish(
+        self, files: tuple[str, ...], cost: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
         stored = {
             "key": self.key,
             "words": dict(self.words),
             "files": {name: canonical.file_digest(self.path / name) for name in files},
-            "cost": {
-                "stage": self.name,
-                "seconds": round(self.seconds, 3),
-                "peak_memory_bytes": self._meter.peak(),
-                "device": device_name(device),
-            },
+            "cost": cost,
             **facts,
         }
         write_text(self.path / "stage.json", canonical.dumps(stored))
@@ -270,6 +311,11 @@ class Run:
     seed: int
     progress: Progress
 
+    @cached_property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        return Processes(self.accelerator)
+
     @property
     def device(self) -> torch.device:
         """Where tensors live."""
@@ -287,7 +333,7 @@ class Run:
         what another version made.
         """
         made_by = {"guardbench": guardbench.__version__, "torch": torch.__version__}
-        folder = StageFolder(name, Path(), {**words, "made_by": made_by})
+        folder = StageFolder(name, Path(), {**words, "made_by": made_by}, self.processes)
         folder.path = self.workspace / kind / folder.key[:16]
         return folder
 

@@ -210,15 +210,16 @@ class Costs:
         self.searched: set[str] = set()
 
     @contextmanager
-    def of(self, stage: PlannedStage) -> Iterator[None]:
-        """Notes the cost of a stage that finishes inside."""
-        shared = stage.folder.finished() is not None
+    def of(self, *stages: PlannedStage) -> Iterator[None]:
+        """Notes the costs of stages that finish inside."""
+        before = [stage.folder.finished() is not None for stage in stages]
         yield
-        stored = stage.folder.finished()
-        assert stored is not None, stage.folder.name
-        self.found.append(stage_cost(stored, shared=shared))
-        if "searched" in stored:
-            self.searched.add(stored["searched"])
+        for stage, shared in zip(stages, before, strict=True):
+            stored = stage.folder.finished()
+            assert stored is not None, stage.folder.name
+            self.found.append(stage_cost(stored, shared=shared))
+            if "searched" in stored:
+                self.searched.add(stored["searched"])
 
 
 def score(
@@ -297,7 +298,9 @@ def _score(run: Run, model: nn.Module, x: Images, y: Tensor, stage: PlannedStage
     if stored is None:
         folder.begin(run.device)
         with run.progress.stage(folder.name, len(x), "images") as bar:
-            right = score_clean(model, x, y, batch_size=attack_batch(x.shape[-1]))
+            mine = run.processes.share(len(x))
+            found = score_clean(model, x[mine], y[mine], batch_size=attack_batch(x.shape[-1]))
+            right = torch.cat(run.processes.collect(found))
             bar.advance(len(x), f"{100 * right.float().mean():.1f}% right")
         outcome = Outcome.from_flags(right.tolist())
         stored = folder.finish(run.device, outcome=outcome.model_dump(mode="json"))
@@ -319,12 +322,14 @@ def _inspect(
         folder.begin(run.device)
         right = torch.tensor(clean.flags()).nonzero().squeeze(1)[:IMAGES]
         with run.progress.stage(folder.name, len(right), "images") as bar:
-            found = inspect(
-                model,
-                x[right].to(run.device),
-                y[right].to(run.device),
-                protocol.threat.model,
-                seed=derive_seed(plan.seed, "checks"),
+            found = run.processes.from_main(
+                lambda: inspect(
+                    model,
+                    x[right].to(run.device),
+                    y[right].to(run.device),
+                    protocol.threat.model,
+                    seed=derive_seed(plan.seed, "checks"),
+                )
             )
             raised = [name for name, check in found.items() if check.flagged]
             bar.advance(
@@ -340,6 +345,10 @@ def _shown(bar: Stage, count: int, sure: int) -> Tell:
     return lambda share, alive: bar.within(
         share * count, f"{sure} robust, {alive} of {count} not yet broken"
     )
+
+
+def _never() -> bool:
+    return False
 
 
 def _attack(
@@ -389,19 +398,26 @@ def _attack(
     named = derive_seed(plan.seed, "attack", spec.name)
     # Planned anew from the first undecided image: on another device a batch may be of another size.
     total = int(right.sum())
-    batches = plan_batches(right & (right.cumsum(0) > decided), size)
+    processes = run.processes
+    batches = plan_batches(right & (right.cumsum(0) > decided), size * processes.count)
     with run.progress.stage(folder.name, count, "images", count - total + decided) as bar:
         for index in batches:
             rest = total - decided - len(index)
             sure = int(robust.sum()) - rest - len(index)
-            journal = Journal(folder.due, partial(keep, decided), streams)
+            # Several processes keep no journal: each is at another place of its own streams.
+            due = folder.due if processes.count == 1 else _never
+            journal = Journal(due, partial(keep, decided), streams)
+            mine = index[processes.rank :: processes.count]
             with telling(_shown(bar, len(index), sure)), journaling(journal), seeded(named):
                 found = run_batch(
-                    attack, model, x, y, index + first, seed=named,
+                    attack, model, x, y, mine + first, seed=named,
                     searched=None if untouched else fast,
                     slack=SLACK if precision == "bf16" else LOGIT_NOISE, steady=steady,
-                )  # fmt: skip
-            robust[index], distance[index] = ~found.broken, found.distance
+                ) if len(mine) else None  # fmt: skip
+            for part in processes.collect(found):
+                if part is not None:
+                    robust[part.index - first] = ~part.broken
+                    distance[part.index - first] = part.distance
             decided += len(index)
             bar.advance(len(index), f"{int(robust.sum()) - rest} robust so far")
             streams = []

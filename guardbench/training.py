@@ -7,7 +7,9 @@ students of the protocol. Hard and soft labels are mixed as CutMix mixes the pix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
-from guardbench.models import Classifier, build_model, load_weights, save_weights
+from guardbench.models import Classifier, build_model, load_trained, save_weights
 from guardbench.protocol import Student
 from guardbench.runtime import Run, StageFolder, check_finite
 from guardbench.store import write_bytes
@@ -89,93 +91,146 @@ def relabel(run: Run, distilled: DistilledDataset, student: Student, stage: Plan
             bar.advance()
             if folder.due() and epoch + 1 < student.epochs:
                 folder.checkpoint({"epoch": epoch + 1, "labels": stored[: epoch + 1].clone()})
-    write_bytes(folder.path / LABELS, save({"logits": stored}))
+    run.processes.from_main(lambda: write_bytes(folder.path / LABELS, save({"logits": stored})))
     folder.finish(run.device, (LABELS,))
 
 
-def train_student(
+def train_students(
     run: Run,
     distilled: DistilledDataset,
     student: Student,
-    seed: int,
-    stage: PlannedStage,
+    stages: Mapping[int, PlannedStage],
     labels: PlannedStage | None,
-) -> Classifier:
-    """Trains the student of one seed, or loads it when an earlier run has.
+) -> list[Classifier]:
+    """Trains the students of some seeds, or loads those that an earlier run has trained.
 
     Args:
-        seed: of the student's initial weights, and of its views where no teacher labels them.
-        stage: from `plan_student`.
+        stages: seed -> its stage, from `plan_student`; at most one for each process of the run, which
+            train one each, side by side. The seed is of the student's initial weights, and of its
+            views where no teacher labels them.
         labels: the finished relabel stage, when the set has a teacher.
 
     Returns:
-        The student in eval mode, without gradients for its weights, in float32.
+        The students in eval mode, without gradients for their weights, in float32, in the order of
+        `stages`.
     """
-    folder = stage.folder
-    model = build_model(
+    models = {seed: _fresh(run, distilled, student, seed) for seed in stages}
+    left = {seed: stage for seed, stage in stages.items() if stage.folder.finished() is None}
+    if left:
+        logits = None
+        if labels is not None:
+            logits = run.processes.from_main(
+                lambda: load_file(labels.folder.path / LABELS)["logits"]
+            )
+        folders = [stage.folder for stage in left.values()]
+        states = [folder.begin(run.device) for folder in folders]
+        mine = dict(enumerate(left)).get(run.processes.rank)
+        own = None
+        if mine is not None:
+            model = models[mine].to(run.device)
+            own = _Training(run, distilled, student, mine, left[mine].folder.name, model, logits)
+            own.resume(states[run.processes.rank])
+        _train_side_by_side(run, student, folders, own)
+        trained = run.processes.collect(None if own is None else own.weights())
+        for (seed, stage), weights in zip(left.items(), trained, strict=False):
+            models[seed].load_state_dict(weights or {})
+            run.processes.from_main(
+                partial(save_weights, models[seed], stage.folder.path / STUDENT)
+            )
+            stage.folder.finish(run.device, (STUDENT,))
+    return [
+        load_trained(run, models[seed], stage.folder.path / STUDENT)
+        for seed, stage in stages.items()
+    ]
+
+
+def _fresh(run: Run, distilled: DistilledDataset, student: Student, seed: int) -> Classifier:
+    return build_model(
         student.arch,
         channels=distilled.manifest.channels,
         classes=len(distilled.manifest.classes),
         resolution=distilled.manifest.resolution,
         seed=run.generator("student", "init", seed).initial_seed(),
     )
-    if folder.finished() is None:
-        logits = None
-        if labels is not None:
-            logits = load_file(labels.folder.path / LABELS)["logits"]
-        _train(run, distilled, student, seed, folder, model.to(run.device), logits)
-        save_weights(model, folder.path / STUDENT)
-        folder.finish(run.device, (STUDENT,))
-    load_weights(model, folder.path / STUDENT)
-    return model.to(run.device).eval().requires_grad_(False)
 
 
-def _train(
-    run: Run,
-    distilled: DistilledDataset,
-    student: Student,
-    seed: int,
-    folder: StageFolder,
-    model: Classifier,
-    logits: Tensor | None,
+def _train_side_by_side(
+    run: Run, student: Student, folders: Sequence[StageFolder], own: _Training | None
 ) -> None:
-    optimizer = _optimizer(model, student)
-    images = distilled.images.to(run.device)
-    loss_of = _loss(distilled, student, run.device)
-    state = folder.begin(run.device)
-    first = 0
-    if state is not None:
-        first = int(state["epoch"])
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    with run.progress.stage(folder.name, student.epochs, "epochs", first) as bar:
-        for epoch in range(first, student.epochs):
-            optimizer.param_groups[0]["lr"] = student.lr_at(epoch)
-            model.train()
-            value, begun = 0.0, 0
-            views = _views(run, student, distilled, epoch, None if logits is not None else seed)
-            for view in views:
-                count = len(view.indices)
-                rows = None if logits is None else logits[epoch, begun : begun + count]
-                begun += count
-                optimizer.zero_grad(set_to_none=True)
-                with run.accelerator.autocast():
-                    out = model(view.render(images))
-                loss = loss_of(out.float(), view, rows)
-                loss.backward()  # type: ignore[no-untyped-call]
-                value = check_finite(
-                    loss, f"{folder.name}, epoch {epoch + 1}", "lower student.lr in the protocol"
-                )
-                optimizer.step()
-            bar.advance(1, f"loss {value:.4f}")
-            if folder.due() and epoch + 1 < student.epochs:
-                folder.checkpoint(
-                    {
-                        "epoch": epoch + 1,
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                    }
-                )
+    """Runs all epochs of the students of `folders`, of which this process trains its `own`, if any."""
+    name = ", ".join(folder.name for folder in folders)
+    begun = run.processes.collect(student.epochs if own is None else own.epoch)
+    with run.progress.stage(name, student.epochs, "epochs", min(begun)) as bar:
+        for epoch in range(min(begun), student.epochs):
+            if own is not None and own.epoch == epoch:
+                own.run_epoch()
+            bar.advance(1, "" if own is None else f"loss {own.loss:.4f}")
+            if folders[0].due() and epoch + 1 < student.epochs:
+                states = run.processes.collect(None if own is None else own.state())
+                for folder, state in zip(folders, states, strict=False):
+                    folder.checkpoint(state or {})
+
+
+class _Training:
+    """One student on its way."""
+
+    def __init__(
+        self,
+        run: Run,
+        distilled: DistilledDataset,
+        student: Student,
+        seed: int,
+        name: str,
+        model: Classifier,
+        logits: Tensor | None,
+    ) -> None:
+        self.run, self.distilled, self.student = run, distilled, student
+        self.name, self.model, self.logits = name, model, logits
+        self.own_views = None if logits is not None else seed
+        self.optimizer = _optimizer(model, student)
+        self.images = distilled.images.to(run.device)
+        self.loss_of = _loss(distilled, student, run.device)
+        self.epoch, self.loss = 0, 0.0
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Goes on from what `state` gave to an earlier run."""
+        if state is not None:
+            self.epoch = int(state["epoch"])
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of the student."""
+        return self.model.state_dict()
+
+    def run_epoch(self) -> None:
+        """One epoch, in the views' order."""
+        run, epoch = self.run, self.epoch
+        self.optimizer.param_groups[0]["lr"] = self.student.lr_at(epoch)
+        self.model.train()
+        begun = 0
+        for view in _views(run, self.student, self.distilled, epoch, self.own_views):
+            count = len(view.indices)
+            rows = None if self.logits is None else self.logits[epoch, begun : begun + count]
+            begun += count
+            self.optimizer.zero_grad(set_to_none=True)
+            with run.accelerator.autocast():
+                out = self.model(view.render(self.images))
+            loss = self.loss_of(out.float(), view, rows)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.loss = check_finite(
+                loss, f"{self.name}, epoch {epoch + 1}", "lower student.lr in the protocol"
+            )
+            self.optimizer.step()
+        self.epoch += 1
 
 
 def _optimizer(model: Classifier, student: Student) -> torch.optim.Optimizer:

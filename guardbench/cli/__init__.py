@@ -16,11 +16,12 @@ from guardbench.cli.curve import curve
 from guardbench.cli.diagnose import diagnose
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.methods import methods
+from guardbench.cli.options import process_rank
 from guardbench.cli.pull import pull
 from guardbench.cli.push import push
 from guardbench.cli.run import run
 from guardbench.cli.show import show
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, PeerError
 
 app = typer.Typer(
     name="guardbench",
@@ -67,10 +68,13 @@ def main() -> None:
     """The entry point: bad input is one line and exit code 2; Typer exits with 130 on an interrupt."""
     try:
         app()
+    except PeerError:
+        sys.exit(2)
     except GuardbenchError as error:
         from guardbench.records import printable
 
-        typer.echo(f"error: {printable(str(error), 4000)}", err=True)
+        who = f"process {process_rank()}: " if process_rank() else ""
+        typer.echo(f"{who}error: {printable(str(error), 4000)}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:  # where Typer does not see it, as while it ends a command
         typer.echo("interrupted; run the same command again to go on from here", err=True)

@@ -20,6 +20,7 @@ from guardbench.cli.options import (
     TierName,
     TierOption,
     Weights,
+    make_console,
 )
 
 
@@ -57,9 +58,7 @@ def evaluate(
 
     Example: guardbench evaluate --protocol digits --weights student.safetensors --arch convnet-d3-bn-small
     """
-    from rich.console import Console
-
-    console = Console(emoji=False)
+    console = make_console()
     from guardbench.assessment import Request, assess, prepare
     from guardbench.classifiers import Source
     from guardbench.progress import Progress

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class EngineName(str, Enum):
@@ -104,3 +108,15 @@ CacheDir = Annotated[
         show_default=False,
     ),
 ]
+
+
+def make_console() -> Console:
+    """Where a command prints; silent in all processes of a run but the first, which speaks for them."""
+    from rich.console import Console
+
+    return Console(emoji=False, quiet=process_rank() != 0)
+
+
+def process_rank() -> int:
+    """This process's number among those that `accelerate launch` or `torchrun` has started, from 0."""
+    return int(os.environ.get("RANK", "0"))

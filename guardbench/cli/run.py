@@ -19,6 +19,7 @@ from guardbench.cli.options import (
     References,
     TierName,
     TierOption,
+    make_console,
 )
 
 if TYPE_CHECKING:
@@ -85,9 +86,7 @@ def run(
 
     Example: guardbench run --method guard --dataset digits --ipc 10
     """
-    from rich.console import Console
-
-    console = Console(emoji=False)
+    console = make_console()
     with console.status("looking around") if console.is_terminal else _Quiet():
         from guardbench.pipeline import Settings, execute, expected_seconds, make_plan
         from guardbench.progress import Progress

@@ -20,6 +20,7 @@ from guardbench.cli.options import (
     References,
     TierName,
     TierOption,
+    make_console,
 )
 from guardbench.errors import GuardbenchError
 
@@ -273,8 +274,6 @@ def score(
 
     Example: guardbench submission score submissions/mine
     """
-    from rich.console import Console
-
     from guardbench.cli.run import print_stages
     from guardbench.pipeline import expected_seconds
     from guardbench.progress import Progress
@@ -283,7 +282,7 @@ def score(
     from guardbench.submissions.pack import opened
     from guardbench.submissions.score import Settings, execute_score, plan_score
 
-    console = Console(emoji=False)
+    console = make_console()
     with opened(folder) as there:
         scoring = plan_score(
             Settings(

@@ -6,6 +6,7 @@ teacher may label the views of the chosen images, so that a coreset stands besid
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -77,21 +78,26 @@ class _Coreset:
         folder, run = self._folder(task), task.run
         artifact = folder.path / "distilled"
         if folder.finished() is not None:
-            return load_distilled(artifact)
+            return run.processes.from_main(partial(load_distilled, artifact))
         folder.begin(run.device)
         chosen = self.choose(task, train, teacher)
         labels_views = teacher if params.select.labels == "teacher" else None
-        distilled = save_distilled(
-            artifact,
-            images=train.batch(chosen),
-            hard=train.labels[chosen],
-            teacher=labels_views,
-            teacher_arch=wanted.arch if wanted is not None and labels_views is not None else None,
-            dataset=task.dataset,
-            ipc=self.ipc(task),
-            method=task.method.name,
-            classes=task.classes,
-            provenance={"stage": folder.key, "seed": run.seed, "precision": run.precision},
+        distilled = run.processes.from_main(
+            partial(
+                save_distilled,
+                artifact,
+                images=train.batch(chosen),
+                hard=train.labels[chosen],
+                teacher=labels_views,
+                teacher_arch=wanted.arch
+                if wanted is not None and labels_views is not None
+                else None,
+                dataset=task.dataset,
+                ipc=self.ipc(task),
+                method=task.method.name,
+                classes=task.classes,
+                provenance={"stage": folder.key, "seed": run.seed, "precision": run.precision},
+            )
         )
         folder.finish(run.device, (f"distilled/{MANIFEST}",))
         return distilled

@@ -6,6 +6,8 @@ trained, the mean of a class is that of its real images (equation 6), both seen 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,7 @@ class DM:
         """See `Distiller.distill`."""
         run, params, folder = task.run, read_params(task, Params).match, _folder(task)
         if folder.finished() is not None:
-            return load_distilled(folder.path / "distilled")
+            return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
         real = RealClasses(task, train)
         synthetic = SyntheticSet(task, params, real)
         state = folder.begin(run.device)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -162,7 +163,9 @@ def train_experts(task: Task, params: Experts, train: RealDataset) -> list[Traje
         if folder.finished() is None:
             weights = _Training(task, params, train, number).run(folder)
             state = {str(epoch): row for epoch, row in enumerate(weights)}
-            write_bytes(folder.path / TRAJECTORY, save(state))
+            task.run.processes.from_main(
+                partial(write_bytes, folder.path / TRAJECTORY, save(state))
+            )
             folder.finish(task.run.device, (TRAJECTORY,))
         found.append(Trajectory(folder.path / TRAJECTORY))
     return found

@@ -11,6 +11,7 @@ curvature this is DC+GUARD (Xue et al., AAAI 2025).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class DC:
         """See `Distiller.distill`."""
         folder = _folder(task)
         if folder.finished() is not None:
-            return load_distilled(folder.path / "distilled")
+            return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
         return _GradientMatching(task, train, siamese=self.siamese).run(folder)
 
 

@@ -6,14 +6,17 @@ The regulariser of the recipe acts here: with curvature, the teacher is GUARD's.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from pydantic import Field
 
+from guardbench.batch_norm import synchronised
 from guardbench.data.augment import apply_crops, draw_crops, draw_flips
 from guardbench.data.dataset import RealDataset
 from guardbench.distillers.base import PlannedStage, Task
-from guardbench.models import Classifier, build_model, load_weights, save_weights
+from guardbench.errors import GuardbenchError
+from guardbench.models import Classifier, build_model, load_trained, save_weights
 from guardbench.protocol import CropScale
 from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, build_regulariser, key_words
@@ -23,7 +26,13 @@ TEACHER = "teacher.safetensors"
 
 
 class Squeeze(Strict):
-    """The `squeeze` table: how the teacher is trained. SGD with momentum 0.9, cosine to 0."""
+    """The `squeeze` table: how the teacher is trained. SGD with momentum 0.9, cosine to 0.
+
+    Attributes:
+        batch_size: images a step, shared by all processes of a run.
+        sync_bn: whether BN layers see the batch of all processes, as one process would have it, or each
+            process's own part.
+    """
 
     arch: Name
     epochs: int = Field(gt=0)
@@ -33,21 +42,30 @@ class Squeeze(Strict):
     warmup_epochs: float = Field(default=0, ge=0)
     crop_scale: CropScale = (0.08, 1.0)
     flip: bool = True
+    sync_bn: bool = True
 
 
 def squeeze_folder(task: Task, params: Squeeze) -> StageFolder:
     """Where the teacher lies; keyed by what shapes it alone, so that every IPC shares it."""
+    shaping = params.model_dump(mode="json")
+    if params.sync_bn:
+        del shaping["sync_bn"]  # teachers trained before there was a choice keep their keys
     words = {
         "stage": "squeeze",
         **task.words(),
         "regulariser": key_words(task.recipe.regulariser, task.threat),
-        "squeeze": params.model_dump(mode="json"),
+        "squeeze": shaping,
     }
     return task.run.stage("squeeze", "teachers", words)
 
 
 def plan_squeeze(task: Task, params: Squeeze) -> PlannedStage:
-    """The stage that trains the teacher; refuses a wrong regulariser early."""
+    """The stage that trains the teacher; refuses early a wrong regulariser, and too many processes."""
+    if params.batch_size < task.run.processes.count:
+        raise GuardbenchError(
+            f"squeeze.batch_size {params.batch_size}: leaves some of {task.run.processes.count} "
+            "processes without an image; start fewer of them."
+        )
     cost = build_regulariser(task.recipe.regulariser, task.threat).cost
     steps = _steps_per_epoch(task.train_images, params.batch_size)
     return PlannedStage(
@@ -81,10 +99,9 @@ def squeeze(task: Task, params: Squeeze, train: RealDataset) -> Classifier:
     model = fresh_teacher(task, params)
     if folder.finished() is None:
         _train_teacher(task, train, model.to(run.device), params, folder)
-        save_weights(model, folder.path / TEACHER)
+        run.processes.from_main(lambda: save_weights(model, folder.path / TEACHER))
         folder.finish(run.device, (TEACHER,))
-    load_weights(model, folder.path / TEACHER)
-    return model.to(run.device).eval().requires_grad_(False)
+    return load_trained(run, model, folder.path / TEACHER)
 
 
 def _train_teacher(
@@ -104,7 +121,9 @@ def _train_teacher(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     total = params.epochs * steps
-    with run.progress.stage("squeeze", total, "steps", first * steps + begun) as bar:
+    mine = run.processes.share(params.batch_size)
+    together = synchronised(model, run.processes) if params.sync_bn else nullcontext()
+    with run.progress.stage("squeeze", total, "steps", first * steps + begun) as bar, together:
         for epoch in range(first, params.epochs):
             generator = run.generator("squeeze", "epoch", epoch)
             order = torch.randperm(len(train), generator=generator)
@@ -116,22 +135,27 @@ def _train_teacher(
                 picked = order[step * params.batch_size : (step + 1) * params.batch_size]
                 boxes = draw_crops(len(picked), task.resolution, params.crop_scale, generator)
                 flips = draw_flips(len(picked), generator) & params.flip
-                images = apply_crops(train.batch(picked, run.device), boxes, flips, task.resolution)
-                labels = train.labels[picked].to(run.device)
+                part = (len(picked), mine) if run.processes.count > 1 else None
+                picked, boxes, flips = picked[mine], boxes[mine], flips[mine]
                 batch = Batch(
                     model=model,
-                    images=images,
-                    labels=labels,
+                    images=apply_crops(
+                        train.batch(picked, run.device), boxes, flips, task.resolution
+                    ),
+                    labels=train.labels[picked].to(run.device),
                     generator=generator,
                     autocast=run.accelerator.autocast,
+                    part=part,
+                    total=run.processes.total,
                 )
                 optimizer.zero_grad(set_to_none=True)
-                loss, penalty = regulariser.backward(batch)
+                loss, penalty = run.processes.total(torch.stack(regulariser.backward(batch)))
                 value = check_finite(
                     loss + penalty,
                     f"squeeze, epoch {epoch + 1}, step {step + 1}",
                     "lower squeeze.lr or the regulariser's weight in the method's recipe",
                 )
+                run.processes.sum_gradients(model)
                 optimizer.step()
                 bar.advance(
                     1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"

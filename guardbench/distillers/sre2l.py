@@ -8,8 +8,9 @@ training of students (`guardbench.training`), since the views that are labelled 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,7 @@ from guardbench.records import LabelKind, Strict
 from guardbench.runtime import StageFolder, check_finite
 
 CLASSES_A_GROUP = 100  # of the original's recover batches
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every image
 
 
 class Recover(Strict):
@@ -127,53 +129,65 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
     folder = _recover_folder(task)
     artifact = folder.path / "distilled"
     if folder.finished() is not None:
-        return load_distilled(artifact)
+        return run.processes.from_main(lambda: load_distilled(artifact))
     groups = _groups(len(task.classes), task.ipc, params)
-    chunks = _chunks(groups, params.images_a_batch)
     done: list[Tensor] = []
     state = folder.begin(run.device)
     if state is not None:
         done = list(state["done"])
-    total = params.iterations * len(chunks)
-    started = len(done) * params.iterations + (int(state["step"]) if state else 0)
-    with run.progress.stage("recover", total, "steps", started) as bar:
-        for number, chunk in enumerate(chunks[len(done) :], start=len(done)):
-            images = _Recovery(task, teacher, params, chunk, number).optimise(
-                folder, bar.advance, done, state
-            )
-            done, state = [*done, images], None
+    # An earlier run may have had another number of processes, so only its images count.
+    ready = sum(map(len, done))
+    left = [group for group in groups if group.first >= ready]
+    chunks = _chunks(left, params.images_a_batch * run.processes.count)
+    total = params.iterations * (len(done) + len(chunks))
+    begun = int(state["step"]) if state and _fits(state, chunks) else 0
+    with run.progress.stage(
+        "recover", total, "steps", len(done) * params.iterations + begun
+    ) as bar:
+        for number, chunk in enumerate(chunks, start=len(done)):
+            recovery = _Recovery(task, teacher, params, chunk, number)
+            if begun and state is not None:
+                recovery.resume(state)
+            done, begun = [*done, recovery.optimise(folder, bar.advance, done)], 0
     images = torch.cat(done)
     labels = torch.tensor([label for group in groups for label in group.labels])
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
-    distilled = save_distilled(
-        artifact,
-        images=images[order],
-        hard=labels[order],
-        teacher=teacher,
-        teacher_arch=read_params(task, Params).squeeze.arch,
-        dataset=task.dataset,
-        ipc=task.ipc,
-        method=task.method.name,
-        classes=task.classes,
-        provenance={"stage": folder.key, "seed": run.seed, "precision": run.precision},
+    distilled = run.processes.from_main(
+        lambda: save_distilled(
+            artifact,
+            images=images[order],
+            hard=labels[order],
+            teacher=teacher,
+            teacher_arch=read_params(task, Params).squeeze.arch,
+            dataset=task.dataset,
+            ipc=task.ipc,
+            method=task.method.name,
+            classes=task.classes,
+            provenance={"stage": folder.key, "seed": run.seed, "precision": run.precision},
+        )
     )
     folder.finish(run.device, (f"distilled/{MANIFEST}",))
     return distilled
 
 
 class _Group:
-    """Images that share batch statistics: their labels, and the number that names their randomness."""
+    """Images that share batch statistics: their labels, the number that names their randomness, and how
+    many images all earlier groups have."""
 
-    def __init__(self, number: int, labels: list[int]) -> None:
-        self.number, self.labels = number, labels
+    def __init__(self, number: int, labels: list[int], first: int) -> None:
+        self.number, self.labels, self.first = number, labels, first
 
 
 def _groups(classes: int, ipc: int, params: Recover) -> list[_Group]:
     everything = [list(range(s, min(s + CLASSES_A_GROUP, classes)))
                   for s in range(0, classes, CLASSES_A_GROUP)] * ipc  # fmt: skip
     if params.group == "all":
-        return [_Group(0, [label for labels in everything for label in labels])]
-    return [_Group(number, labels) for number, labels in enumerate(everything)]
+        return [_Group(0, [label for labels in everything for label in labels], 0)]
+    firsts = accumulate((len(labels) for labels in everything), initial=0)
+    return [
+        _Group(number, labels, first)
+        for number, (labels, first) in enumerate(zip(everything, firsts, strict=False))
+    ]
 
 
 def _chunks(groups: list[_Group], most: int) -> list[list[_Group]]:
@@ -189,57 +203,79 @@ def _chunks(groups: list[_Group], most: int) -> list[list[_Group]]:
     return chunks
 
 
+def _fits(state: Mapping[str, Any], chunks: list[list[_Group]]) -> bool:
+    """Whether the images of a checkpoint, if it holds any, are those of the first of `chunks`."""
+    return "images" in state and state["groups"] == [group.number for group in chunks[0]]
+
+
 class _Recovery:
-    """One chunk: equal-sized groups, optimised at once, each with its own views and BN term."""
+    """One chunk: equal-sized groups, optimised at once, each with its own views and BN term.
+
+    The processes of a run share the groups. One that is left without keeps step with the others.
+    """
 
     def __init__(
         self, task: Task, teacher: Classifier, params: Recover, chunk: list[_Group], number: int
     ) -> None:
-        self.task, self.teacher, self.params, self.chunk = task, teacher, params, chunk
-        self.number = number
+        self.task, self.teacher, self.params = task, teacher, params
+        self.number, self.groups = number, [group.number for group in chunk]
         self.size = len(chunk[0].labels)
+        mine = task.run.processes.share(len(chunk))
+        self.chunk = chunk[mine]
+        self.rows = slice(mine.start * self.size, mine.stop * self.size)
         device = task.run.device
-        self.labels = torch.tensor([k for g in chunk for k in g.labels], device=device)
+        self.labels = torch.tensor(
+            [k for g in self.chunk for k in g.labels], device=device, dtype=torch.int64
+        )
         shape = (self.size, task.channels, task.resolution, task.resolution)
-        noise = [
+        noise = [torch.empty(0, *shape[1:])] + [
             torch.randn(shape, generator=task.run.generator("recover", "noise", g.number))
-            for g in chunk
+            for g in self.chunk
         ]
         self.low = (0 - teacher.mean) / teacher.std
         self.high = (1 - teacher.mean) / teacher.std
         self.images = torch.cat(noise).to(device).requires_grad_()
         self.optimizer = torch.optim.Adam([self.images], params.lr, betas=(0.5, 0.9))
+        self.first = 0
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `optimise` kept; the images' rows are those of all processes."""
+        self.first = int(state["step"])
+        self.images.data.copy_(state["images"][self.rows])
+        moments = {"step": torch.tensor(float(self.first))}
+        for name in _MOMENTS:
+            moments[name] = state[name][self.rows].to(self.images.device)
+        if len(self.images):
+            self.optimizer.state[self.images] = moments
 
     def optimise(
-        self,
-        folder: StageFolder,
-        advance: Callable[[int, str], None],
-        done: list[Tensor],
-        state: dict[str, Any] | None,
+        self, folder: StageFolder, advance: Callable[[int, str], None], done: list[Tensor]
     ) -> Tensor:
-        """Runs the steps that are left; returns images [n, C, H, W] in [0, 1] on the CPU."""
-        first = 0
-        if state is not None and "images" in state:
-            first = int(state["step"])
-            self.images.data.copy_(state["images"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        for step in range(first, self.params.iterations):
+        """Runs the steps that are left; returns images [n, C, H, W] in [0, 1] on the CPU.
+
+        Args:
+            done: the images of the chunks before, for checkpoints.
+        """
+        collect = self.task.run.processes.collect
+        for step in range(self.first, self.params.iterations):
             share = 0.5 * (1 + math.cos(math.pi * step / self.params.iterations))
             self.optimizer.param_groups[0]["lr"] = self.params.lr * share
-            loss = self._step(step)
+            loss = self._step(step) if self.chunk else 0.0
             advance(1, f"loss {loss:.3f}")
             if folder.due() and step + 1 < self.params.iterations:
-                folder.checkpoint(
-                    {
-                        "done": done,
-                        "step": step + 1,
-                        "images": self.images.detach(),
-                        "optimizer": self.optimizer.state_dict(),
-                    }
-                )
+                parts = collect(self._kept())
+                kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                folder.checkpoint({"done": done, "step": step + 1, "groups": self.groups, **kept})
         with torch.no_grad():
             pixels = self.images * self.teacher.std + self.teacher.mean
-        return pixels.clamp(0, 1).cpu()
+        return torch.cat(collect(pixels.clamp(0, 1).cpu()))
+
+    def _kept(self) -> dict[str, Tensor]:
+        """This process's images and their moments in Adam."""
+        moments = self.optimizer.state.get(self.images, {})
+        nothing = torch.zeros_like(self.images)
+        kept = {name: moments.get(name, nothing).detach().cpu() for name in _MOMENTS}
+        return {"images": self.images.detach().cpu(), **kept}
 
     def _step(self, step: int) -> float:
         run, params = self.task.run, self.params

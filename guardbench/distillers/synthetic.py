@@ -9,6 +9,7 @@ Here what is matched, what is saved and what a student sees are the same images.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -163,20 +164,23 @@ class SyntheticSet:
         with torch.no_grad():
             # The images are in range; leaving normalised pixels may round a value past its end.
             pixels = (self.images * self._std + self._mean).clamp(0, 1)
-        distilled = save_distilled(
-            folder.path / "distilled",
-            images=pixels.flatten(0, 1).cpu(),
-            hard=self.labels.flatten().cpu(),
-            teacher=None,
-            dataset=task.dataset,
-            ipc=task.ipc,
-            method=task.method.name,
-            classes=task.classes,
-            provenance={
-                "stage": folder.key,
-                "seed": task.run.seed,
-                "precision": task.run.precision,
-            },
+        distilled = task.run.processes.from_main(
+            partial(
+                save_distilled,
+                folder.path / "distilled",
+                images=pixels.flatten(0, 1).cpu(),
+                hard=self.labels.flatten().cpu(),
+                teacher=None,
+                dataset=task.dataset,
+                ipc=task.ipc,
+                method=task.method.name,
+                classes=task.classes,
+                provenance={
+                    "stage": folder.key,
+                    "seed": task.run.seed,
+                    "precision": task.run.precision,
+                },
+            )
         )
         folder.finish(task.run.device, (f"distilled/{MANIFEST}",))
         return distilled

@@ -18,6 +18,7 @@ the end is better known while the images are made.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -159,7 +160,7 @@ class _Trajectories:
         params = read_params(task, Params)
         folder = _match_folder(task, params)
         if folder.finished() is not None:
-            return load_distilled(folder.path / "distilled")
+            return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
         experts = train_experts(task, params.experts, train)
         return _Matching(task, params, type(self).matcher, experts, train).run(folder)
 
@@ -367,17 +368,20 @@ class _Matching:
             "precision": run.precision,
             "student_lr": repr(self.lr.item()),
         }
-        distilled = save_distilled(
-            folder.path / "distilled",
-            images=pixels,
-            hard=self.labels,
-            teacher=None,
-            soft=self.soft.cpu() if self.params.labels == "expert" else None,
-            dataset=task.dataset,
-            ipc=task.ipc,
-            method=task.method.name,
-            classes=task.classes,
-            provenance=provenance,
+        distilled = run.processes.from_main(
+            partial(
+                save_distilled,
+                folder.path / "distilled",
+                images=pixels,
+                hard=self.labels,
+                teacher=None,
+                soft=self.soft.cpu() if self.params.labels == "expert" else None,
+                dataset=task.dataset,
+                ipc=task.ipc,
+                method=task.method.name,
+                classes=task.classes,
+                provenance=provenance,
+            )
         )
         folder.finish(run.device, (f"distilled/{MANIFEST}",))
         return distilled

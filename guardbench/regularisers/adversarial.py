@@ -54,10 +54,10 @@ def uniform_start(batch: Batch, threat: ThreatModel) -> Tensor:
     """
     images, eps = batch.images, float(threat.eps)
     if threat.norm == "linf":
-        noise = (torch.rand(images.shape, generator=batch.generator) * 2 - 1) * eps
+        noise = (batch.drawn(torch.rand, *images.shape[1:]) * 2 - 1) * eps
     else:
-        noise = torch.randn(images.shape, generator=batch.generator)
-        radius = torch.rand(len(images), generator=batch.generator) ** (1 / images[0].numel())
+        noise = batch.drawn(torch.randn, *images.shape[1:])
+        radius = batch.drawn(torch.rand) ** (1 / images[0].numel())
         length = torch.linalg.vector_norm(noise.flatten(1), dim=1)
         noise = noise * (eps * radius / length).view(-1, 1, 1, 1)
     return project(images + noise.to(images), images, threat)

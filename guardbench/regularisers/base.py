@@ -31,6 +31,10 @@ class Batch:
         generator: of random choices, on the CPU, so that a resumed run repeats them.
         criterion: mean loss of logits [N, K] and labels [N].
         autocast: the precision of forward passes.
+        part: where the batch of all processes is larger, how many images it has and which of them
+            are these. Losses are then this part's share of the whole batch's mean, so that losses and
+            gradients add up to it.
+        total: the sum of a tensor over all processes.
     """
 
     model: nn.Module
@@ -39,6 +43,23 @@ class Batch:
     generator: torch.Generator = field(default_factory=torch.Generator)
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    part: tuple[int, slice] | None = None
+    total: Callable[[Tensor], Tensor] = field(default=lambda value: value)
+
+    @property
+    def count(self) -> int:
+        """Images in the batch of all processes."""
+        return len(self.images) if self.part is None else self.part[0]
+
+    def shared(self, mean: Tensor) -> Tensor:
+        """A mean over these images, as their share of the mean over the batch of all processes."""
+        return mean if self.part is None else mean * (len(self.images) / self.part[0])
+
+    def drawn(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
+        """Random numbers [N, *shape]: `draw` (`torch.rand`, `torch.randn`) for the whole batch, and of it
+        those of these images, so that the split over processes changes none."""
+        numbers = draw(self.count, *shape, generator=self.generator)
+        return numbers if self.part is None else numbers[self.part[1]]
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [N, K] of other images in the place of this batch's, float32 at least."""
@@ -48,7 +69,11 @@ class Batch:
 
     def loss(self, images: Tensor) -> Tensor:
         """Mean loss of other images in the place of this batch's, under its labels; a scalar."""
-        return self.criterion(self.logits(images), self.labels)
+        return self.loss_of(self.logits(images))
+
+    def loss_of(self, logits: Tensor) -> Tensor:
+        """Mean loss of logits [N, K] under this batch's labels; see `part`."""
+        return self.shared(self.criterion(logits, self.labels))
 
 
 class Regulariser(Protocol):
@@ -64,7 +89,8 @@ class Regulariser(Protocol):
         `.grad` must hold nothing before.
 
         Returns:
-            The loss and the weighted penalty, detached scalars; their sum is what is minimised.
+            The loss and the weighted penalty, detached scalars; their sum, over all processes, is what
+            is minimised.
         """
         ...
 

@@ -37,10 +37,10 @@ class GradientNorm:
         images = batch.images.detach().requires_grad_()
         loss = batch.loss(images)
         # The mean's gradient times N: one image's own loss, as far as batch statistics let it be.
-        (slope,) = torch.autograd.grad(loss * len(images), images, create_graph=True)
+        (slope,) = torch.autograd.grad(loss * batch.count, images, create_graph=True)
         # The smallest normal number under the root: where a gradient is zero, its norm has none.
         tiny = torch.finfo(slope.dtype).tiny
         norms = (slope.flatten(1).square().sum(1) + tiny).sqrt()
-        penalty = self.weight * norms.mean()
+        penalty = self.weight * batch.shared(norms.mean())
         (loss + penalty).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), penalty.detach()

@@ -46,10 +46,10 @@ class ReleasedAdversarial:
         def loss_at(normalised: Tensor) -> Tensor:
             with batch.autocast():
                 logits = model.backbone(normalised.contiguous(memory_format=torch.channels_last))
-            return batch.criterion(logits.float(), batch.labels)
+            return batch.loss_of(logits.float())
 
         centre = model.normalise(batch.images)
-        noise = torch.rand(centre.shape, generator=batch.generator) * 2 - 1
+        noise = batch.drawn(torch.rand, *centre.shape[1:]) * 2 - 1
         adv = (centre + self.radius * noise.to(centre)).clamp(0, 1)
         with running_statistics_kept(model):
             for _ in range(self.steps):

@@ -48,19 +48,19 @@ class Trades:
         images = batch.images
         with torch.no_grad(), running_statistics_kept(batch.model):
             wanted = F.log_softmax(batch.logits(images), dim=1)
-        noise = 0.001 * torch.randn(images.shape, generator=batch.generator).to(images)
+        noise = 0.001 * batch.drawn(torch.randn, *images.shape[1:]).to(images)
         adv = ascend(
             batch,
             project(images + noise, images, self.threat),
-            lambda x: divergence(wanted, F.log_softmax(batch.logits(x), dim=1)),
+            lambda x: batch.shared(divergence(wanted, F.log_softmax(batch.logits(x), dim=1))),
             threat=self.threat,
             steps=self.steps,
             step=self.step,
         )
         here = batch.logits(images)
-        loss = batch.criterion(here, batch.labels)
+        loss = batch.loss_of(here)
         there = F.log_softmax(batch.logits(adv), dim=1)
-        penalty = self.beta * divergence(F.log_softmax(here, dim=1), there)
+        penalty = self.beta * batch.shared(divergence(F.log_softmax(here, dim=1), there))
         (loss + penalty).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), penalty.detach()
 

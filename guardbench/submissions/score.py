@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -246,7 +247,7 @@ def execute_score(scoring: Scoring) -> Finished:
     settings, protocol, run = scoring.settings, scoring.protocol, scoring.run
     form, (train, test) = scoring.form, scoring.real
     warnings: list[str] = []
-    with explained(settings.output):
+    with explained(settings.output), scoring.run.processes.heard():
         measured_indices(protocol, test, scoring.evaluating.sample)  # refused before the long part
         done = scoring.artifact.finished() is not None
         distilled = _distilled(scoring)
@@ -282,7 +283,9 @@ def execute_score(scoring: Scoring) -> Finished:
             "artifact": folder / MANIFEST,
             "images": folder / PREVIEW,
             **networks([], scoring.evaluating),
-            **file_record(record, scoring.place, warnings.append),
+            **scoring.run.processes.from_main(
+                lambda: file_record(record, scoring.place, warnings.append)
+            ),
         }
     return Finished(record, paths, tuple(warnings))
 
@@ -296,21 +299,24 @@ def _distilled(scoring: Scoring) -> DistilledDataset:
             form.dataset, scoring.settings.data_dir, cache_dir=scoring.settings.cache_dir
         )
         folder.begin(scoring.run.device)
-        save_distilled(
-            folder.path / "distilled",
-            images=content.images,
-            hard=content.labels,
-            soft=content.soft,
-            teacher=scoring.report.teacher,
-            teacher_arch=form.teacher.arch if form.teacher is not None else None,
-            dataset=form.dataset,
-            ipc=form.ipc,
-            method=form.name,
-            classes=class_order(info, located),
-            provenance={"stage": folder.key},
+        scoring.run.processes.from_main(
+            partial(
+                save_distilled,
+                folder.path / "distilled",
+                images=content.images,
+                hard=content.labels,
+                soft=content.soft,
+                teacher=scoring.report.teacher,
+                teacher_arch=form.teacher.arch if form.teacher is not None else None,
+                dataset=form.dataset,
+                ipc=form.ipc,
+                method=form.name,
+                classes=class_order(info, located),
+                provenance={"stage": folder.key},
+            )
         )
         folder.finish(scoring.run.device, (f"distilled/{MANIFEST}",))
-    distilled = load_distilled(folder.path / "distilled")
+    distilled = scoring.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
     assert distilled.manifest.label_kind == form.labels, "the check has passed"
     return distilled
 

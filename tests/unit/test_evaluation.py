@@ -81,17 +81,18 @@ def evaluated(tmp_path, monkeypatch):
     calls: list[int] = []
     real = scoring.run_batch
 
-    def train(run, _set, _student, _seed, stage, _labels):
-        if stage.folder.finished() is None:
-            stage.folder.begin(run.device)
-            stage.folder.finish(run.device)
-        return model
+    def train(run, _set, _student, stages, _labels):
+        for stage in stages.values():
+            if stage.folder.finished() is None:
+                stage.folder.begin(run.device)
+                stage.folder.finish(run.device)
+        return [model for _ in stages]
 
     def counted(attack, net, x, y, index, **kwargs):
         calls.append(len(index))
         return real(attack, net, x, y, index, **kwargs)
 
-    monkeypatch.setattr(evaluation, "train_student", train)
+    monkeypatch.setattr(evaluation, "train_students", train)
     monkeypatch.setattr(scoring, "run_batch", counted)
     run, protocol, test = make_run(tmp_path), small_protocol(), make_test_set()
     order = protocol.test_indices(test.ids)

@@ -14,7 +14,7 @@ from guardbench.protocol import load_protocol
 from guardbench.references import measure_references, plan_references, random_subset
 from guardbench.runtime import Run
 from guardbench.scoring import Costs
-from guardbench.training import train_student
+from guardbench.training import train_students
 from guardbench.views import epoch_views
 
 
@@ -141,7 +141,7 @@ def test_each_way_is_what_its_name_says(run, protocol, digits, tmp_path, kind):
             labels = plan_relabel(by_hand, plan.way, student, 10)
             relabel(by_hand, sets[plan.way], student, labels)
         stage = plan_student(by_hand, plan.way, student, 10, 1)
-        model = train_student(by_hand, sets[plan.way], student, 1, stage, labels)
+        model = train_students(by_hand, sets[plan.way], student, {1: stage}, labels)[0]
         with torch.no_grad():
             right = (model(x).argmax(1) == y).tolist()
         assert found[1][plan.way].flags() == right

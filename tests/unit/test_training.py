@@ -11,7 +11,7 @@ from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
 from guardbench.runtime import Run
-from guardbench.training import LABELS, plan_relabel, plan_student, relabel, train_student
+from guardbench.training import LABELS, plan_relabel, plan_student, relabel, train_students
 from guardbench.views import epoch_views
 
 CLASSES = tuple(str(k) for k in range(10))
@@ -102,7 +102,7 @@ def test_a_student_learns_from_every_kind_of_label(tmp_path, kind: str) -> None:
         with torch.no_grad():
             truth = made.teacher(images).argmax(1)
     stage = plan_student(run, "k", student, 40, 0)
-    model = train_student(run, made, student, 0, stage, labels)
+    model = train_students(run, made, student, {0: stage}, labels)[0]
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert (model(images).argmax(1) == truth).float().mean() > 0.9
@@ -115,7 +115,7 @@ def test_seeds_differ_and_a_finished_student_is_read_back(tmp_path) -> None:
     out = []
     for seed in (0, 0, 1):
         stage = plan_student(run, "k", student, 20, seed)
-        out.append(train_student(run, made, student, seed, stage, None)(x))
+        out.append(train_students(run, made, student, {seed: stage}, None)[0](x))
     assert torch.equal(out[0], out[1])
     assert not torch.equal(out[0], out[2])
 
@@ -135,7 +135,7 @@ def test_labels_and_students_killed_after_any_epoch_end_the_same(
             return relabel(run, made, student, labels)
 
         def train(run=run, labels=labels, stage=stage) -> object:
-            return train_student(run, made, student, 0, stage, labels)
+            return train_students(run, made, student, {0: stage}, labels)[0]
 
         if name == "broken":
             killed_at(checkpoint, label)
@@ -152,7 +152,7 @@ def test_a_student_whose_loss_explodes_is_stopped(tmp_path) -> None:
     made = make_set(tmp_path, "hard")
     stage = plan_student(run, "k", student, 20, 0)
     with pytest.raises(GuardbenchError, match=r"student 0, epoch \d.*student\.lr"):
-        train_student(run, made, student, 0, stage, None)
+        train_students(run, made, student, {0: stage}, None)
 
 
 @pytest.mark.parametrize(

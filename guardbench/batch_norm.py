@@ -1,0 +1,67 @@
+"""Batch statistics over the batch of all processes, as one process with the whole batch would have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from guardbench.models import batch_norms
+from guardbench.processes import Processes
+
+
+@contextmanager
+def synchronised(model: nn.Module, processes: Processes) -> Iterator[None]:
+    """Inside, BN layers of `model` in training mode normalise by the statistics of all processes' rows.
+
+    Every process must make the same forward and backward passes. Written in operations that can be
+    differentiated twice, which torch.nn.SyncBatchNorm, for GPUs alone, cannot: the double-backward
+    form of curvature needs it.
+    """
+    layers = batch_norms(model) if processes.count > 1 else []
+    for layer in layers:
+        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own is found again
+
+
+def _forward(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    if not layer.training:
+        return nn.BatchNorm2d.forward(layer, x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean, variance, count = _statistics(wide)
+    _move_running(layer, mean.detach(), variance.detach() * count / (count - 1))
+    scale = (variance + layer.eps).rsqrt() * layer.weight
+    shift = layer.bias - mean * scale
+    moved = torch.addcmul(shift[:, None, None], wide, scale[:, None, None])
+    return moved.to(x.dtype)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance [C] of x [n, C, H, W] over all processes, and of how many values.
+
+    The sums are float64: a difference of squares in float32 would lose a small variance.
+    """
+    local = x.numel() // x.shape[1]
+    variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    mean, variance = mean.double(), variance.double()
+    sums = torch.cat([mean * local, (variance + mean.square()) * local, mean.new_tensor([local])])
+    sums = all_reduce(sums)  # type: ignore[no-untyped-call]
+    count = int(sums[-1].detach().item())
+    mean, square = (sums[:-1] / count).chunk(2)
+    return mean.to(x.dtype), (square - mean.square()).clamp_min(0).to(x.dtype), count
+
+
+def _move_running(layer: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    if layer.momentum and layer.running_mean is not None and layer.running_var is not None:
+        layer.running_mean.lerp_(mean, layer.momentum)
+        layer.running_var.lerp_(unbiased, layer.momentum)

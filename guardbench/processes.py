@@ -1,0 +1,129 @@
+"""One run on several processes: which part of the work is this one's, and what the others found.
+
+Processes are started by `accelerate launch` or `torchrun`; torch.distributed carries what they say.
+All of them walk through the same program. What reads or writes the workspace is done by the first one,
+`main`, and told to the others; so the workspace need not be seen by every node. A process that was
+started alone is `main`, its part is everything, and nothing here costs it anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+)
+from torch import Tensor
+
+from guardbench.errors import GuardbenchError, PeerError
+
+T = TypeVar("T")
+HOURS_TO_WAIT = 6
+"""For a process that says nothing: the longest that `main` decodes or works alone. One that has died
+is noticed at once by gloo, which sees its connection close, and by the launcher, which stops the rest."""
+
+
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: this one's number, from 0.
+        count: how many there are.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.rank = int(accelerator.process_index)
+        self.count = int(accelerator.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process reads and writes the workspace and speaks to the user."""
+        return self.rank == 0
+
+    def times(self, device: str) -> str:
+        """The name of a device, `2 x NVIDIA H200` where two processes have one each."""
+        return device if self.count == 1 else f"{self.count} x {device}"
+
+    def share(self, count: int) -> slice:
+        """This process's rows of `count`: contiguous, in the order of ranks, as even as can be."""
+        first, last = (count * rank // self.count for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
+
+    def rounds(self, things: Sequence[T]) -> list[Sequence[T]]:
+        """As many of `things` at a time as there are processes, one for each, in order."""
+        return [things[first : first + self.count] for first in range(0, len(things), self.count)]
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes; no gradient passes."""
+        if self.count == 1:
+            return value
+        return torch.as_tensor(self._accelerator.reduce(value.detach().clone(), "sum"))
+
+    def sum_gradients(self, model: torch.nn.Module) -> None:
+        """Replaces every gradient of `model` by its sum over all processes, in one message."""
+        if self.count == 1:
+            return
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = self.total(torch.cat([grad.flatten() for grad in grads]))
+        parts = torch.split(flat, [grad.numel() for grad in grads])
+        for grad, whole in zip(grads, parts, strict=True):
+            grad.copy_(whole.view_as(grad))
+
+    def take_over(self, model: torch.nn.Module) -> None:
+        """Gives every process the parameters and buffers that `model` has in the first."""
+        if self.count > 1:
+            for value in model.state_dict().values():
+                broadcast(value)
+
+    def collect(self, found: T) -> list[T]:
+        """What every process found, in the order of ranks; every process is given all of it."""
+        if self.count == 1:
+            return [found]
+        return list(gather_object([send_to_device(found, "cpu")]))
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives to `main`, which alone does it; raises everywhere what it raises there."""
+        if self.count == 1:
+            return work()
+        told: list[tuple[T | None, str | None]] = [(None, None)]
+        if self.main:
+            try:
+                told = [(work(), None)]
+            except GuardbenchError as error:
+                broadcast_object_list([(None, str(error))])
+                raise
+        broadcast_object_list(told)
+        value, problem = told[0]
+        if problem is not None:
+            raise PeerError(problem)
+        return value  # type: ignore[return-value]
+
+    @contextmanager
+    def local_first(self) -> Iterator[None]:
+        """Inside, the first process of a node is done before its others begin: a cache is built once."""
+        with self._accelerator.local_main_process_first():
+            yield
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Inside, a process that died is told in one line by those that wait for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            words = str(error).lower()
+            lost = ("connection", "gloo", "nccl", "timed out", "distributed", "peer")
+            if self.count == 1 or not any(word in words for word in lost):
+                raise
+            raise GuardbenchError(
+                "another process of this run has stopped, or said nothing for "
+                f"{HOURS_TO_WAIT} hours; its own message says why. Start all of them again to go on "
+                "from here."
+            ) from error
