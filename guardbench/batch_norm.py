@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from guardbench.models import batch_norms
 from guardbench.processes import Processes
@@ -53,10 +53,25 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     mean, variance = mean.double(), variance.double()
     sums = torch.cat([mean * local, (variance + mean.square()) * local, mean.new_tensor([local])])
-    sums = all_reduce(sums)  # type: ignore[no-untyped-call]
+    sums = _Sum.apply(sums)
     count = int(sums[-1].detach().item())
     mean, square = (sums[:-1] / count).chunk(2)
     return mean.to(x.dtype), (square - mean.square()).clamp_min(0).to(x.dtype), count
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; what it gives is in the loss of each, so gradients are summed as well."""
+
+    @staticmethod
+    def forward(_: Any, value: Tensor) -> Tensor:
+        whole = value.clone()
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        summed: Tensor = _Sum.apply(grads[0])
+        return summed
 
 
 def _move_running(layer: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:

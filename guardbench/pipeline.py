@@ -64,6 +64,7 @@ class Settings:
     images: int | None
     references: bool = False
     overrides: tuple[str, ...] = ()
+    log_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,13 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
     recipe = method.recipe(protocol.dataset, protocol.resolution)
     recipe = overridden(recipe, settings.overrides, partial(_fields, distiller))
     located = locate(protocol.dataset, settings.data_dir, cache_dir=settings.cache_dir)
-    accelerator = make_accelerator(settings.device, settings.precision, protocol.resolution)
+    accelerator = make_accelerator(
+        settings.device,
+        settings.precision,
+        protocol.resolution,
+        settings.log_with,
+        settings.output / "trackers",
+    )
     checkout = checkout_for(protocol) if settings.publish else None
     check_writable(settings.output)
     info = dataset_info(protocol.dataset)
@@ -236,6 +243,8 @@ def execute(plan: Plan) -> Finished:
             require_complete(train)
         if not plan.decoded:  # the stages' keys hold the images' digests, known only now
             plan = make_plan(settings, run.progress)
+        if settings.log_with:
+            run.accelerator.init_trackers(f"{plan.method.name}-{protocol.id}-ipc{settings.ipc}")
         done = [stage.folder.finished() is not None for stage in plan.distilling]
         distilled = plan.distiller.distill(plan.task, train)
         costs = [
@@ -268,6 +277,8 @@ def execute(plan: Plan) -> Finished:
             **networks(plan.distilling, plan.evaluating),
             **run.processes.from_main(lambda: file_record(record, plan.place, warnings.append)),
         }
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
     return Finished(record, paths, tuple(warnings))
 
 

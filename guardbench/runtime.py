@@ -6,8 +6,10 @@ it runs and a `stage.json` once it is finished; a finished stage is never run ag
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import importlib.util
 import io
 import json
 import platform
@@ -31,9 +33,11 @@ from guardbench import canonical
 from guardbench.errors import GuardbenchError, brief
 from guardbench.processes import HOURS_TO_WAIT, Processes
 from guardbench.progress import Progress
+from guardbench.protocol import unknown
 from guardbench.records import StageCost
 from guardbench.store import write_bytes, write_text
 
+TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("auto", "fp32", "bf16")
 CHECKPOINT_EVERY_S = 20.0
 # Below this resolution a CPU's kernels are too small to gain by bf16 or by threads.
@@ -48,7 +52,13 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def make_accelerator(device: str, precision: str, resolution: int) -> Accelerator:
+def make_accelerator(
+    device: str,
+    precision: str,
+    resolution: int,
+    trackers: tuple[str, ...] = (),
+    folder: Path | None = None,
+) -> Accelerator:
     """The Accelerator of a run.
 
     Args:
@@ -56,9 +66,12 @@ def make_accelerator(device: str, precision: str, resolution: int) -> Accelerato
         precision: of training and distillation (official attacks are float32 whatever it is).
             `auto` is bf16 where the device gains by it, float32 elsewhere.
         resolution: side of the images in pixels.
+        trackers: `tensorboard`, `wandb`: who is told the losses of training, see `Run.log`.
+        folder: where trackers write.
 
     Raises:
-        GuardbenchError: the device is not there, or cannot do the precision.
+        GuardbenchError: the device is not there, or cannot do the precision, or a tracker is unknown or
+            not installed.
     """
     if precision not in PRECISIONS:
         raise GuardbenchError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}.")
@@ -78,7 +91,23 @@ def make_accelerator(device: str, precision: str, resolution: int) -> Accelerato
     # Accelerate keeps one state a process and refuses another precision; a second run may want one.
     AcceleratorState._reset_state(reset_partial_state=True)
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=HOURS_TO_WAIT))
-    return Accelerator(cpu=kind == "cpu", mixed_precision=mixed, kwargs_handlers=[patience])
+    for name in trackers:
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
+        if importlib.util.find_spec(name) is None:
+            raise GuardbenchError(
+                f"--log-with {name}: it is not installed; python -m pip install {name}."
+            )
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=mixed,
+        kwargs_handlers=[patience],
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+    if accelerator.num_processes > 1:
+        atexit.register(accelerator.state.destroy_process_group)
+    return accelerator
 
 
 def _check_device(device: str) -> str:
@@ -325,6 +354,10 @@ class Run:
     def precision(self) -> str:
         """Effective precision of distillation and training."""
         return effective_precision(self.accelerator)
+
+    def log(self, step: int, **values: float) -> None:
+        """Tells the trackers of `--log-with`, if any."""
+        self.accelerator.log(values, step=step)
 
     def stage(self, name: str, kind: str, words: Mapping[str, Any]) -> StageFolder:
         """The folder of a stage: `<workspace>/<kind>/<first 16 digits of its key>`.

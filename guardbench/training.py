@@ -164,6 +164,8 @@ def _train_side_by_side(
         for epoch in range(min(begun), student.epochs):
             if own is not None and own.epoch == epoch:
                 own.run_epoch()
+            if own is not None:
+                run.log(epoch + 1, **{f"{folders[0].name.replace(' ', '_')}_loss": own.loss})
             bar.advance(1, "" if own is None else f"loss {own.loss:.4f}")
             if folders[0].due() and epoch + 1 < student.epochs:
                 states = run.processes.collect(None if own is None else own.state())

@@ -66,6 +66,14 @@ def run(
     tier: TierOption = TierName.official,
     images: DevImages = None,
     references: References = False,
+    log_with: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tell the losses of training to tensorboard or wandb (the package must be installed); may "
+            "be repeated. Files go to `trackers` in the workspace.",
+            show_default=False,
+        ),
+    ] = None,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
     output: Annotated[
@@ -108,6 +116,7 @@ def run(
             tier=tier.value,
             images=images,
             references=references,
+            log_with=tuple(log_with or ()),
         )
         plan = make_plan(settings, Progress(console))
         seconds = expected_seconds(plan.task.run, plan.protocol, plan.stages)

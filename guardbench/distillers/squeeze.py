@@ -6,10 +6,12 @@ The regulariser of the recipe acts here: with curvature, the teacher is GUARD's.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from guardbench.batch_norm import synchronised
 from guardbench.data.augment import apply_crops, draw_crops, draw_flips
@@ -19,7 +21,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, build_model, load_trained, save_weights
 from guardbench.protocol import CropScale
 from guardbench.records import Name, Strict
-from guardbench.regularisers.base import Batch, build_regulariser, key_words
+from guardbench.regularisers.base import Batch, Regulariser, build_regulariser, key_words
 from guardbench.runtime import StageFolder, check_finite
 
 TEACHER = "teacher.safetensors"
@@ -32,6 +34,8 @@ class Squeeze(Strict):
         batch_size: images a step, shared by all processes of a run.
         sync_bn: whether BN layers see the batch of all processes, as one process would have it, or each
             process's own part.
+        accumulate: into how many parts each process takes its share of a batch, one after another, where
+            the whole does not fit into memory. BN layers see one part of each process at a time.
     """
 
     arch: Name
@@ -43,13 +47,16 @@ class Squeeze(Strict):
     crop_scale: CropScale = (0.08, 1.0)
     flip: bool = True
     sync_bn: bool = True
+    accumulate: int = Field(default=1, gt=0)
 
 
 def squeeze_folder(task: Task, params: Squeeze) -> StageFolder:
     """Where the teacher lies; keyed by what shapes it alone, so that every IPC shares it."""
     shaping = params.model_dump(mode="json")
-    if params.sync_bn:
-        del shaping["sync_bn"]  # teachers trained before there was a choice keep their keys
+    # Teachers trained before there was a choice keep their keys.
+    for name in ("sync_bn", "accumulate"):
+        if getattr(params, name) == Squeeze.model_fields[name].default:
+            del shaping[name]
     words = {
         "stage": "squeeze",
         **task.words(),
@@ -61,10 +68,11 @@ def squeeze_folder(task: Task, params: Squeeze) -> StageFolder:
 
 def plan_squeeze(task: Task, params: Squeeze) -> PlannedStage:
     """The stage that trains the teacher; refuses early a wrong regulariser, and too many processes."""
-    if params.batch_size < task.run.processes.count:
+    processes = task.run.processes.count
+    if params.batch_size < processes * params.accumulate:
         raise GuardbenchError(
-            f"squeeze.batch_size {params.batch_size}: leaves some of {task.run.processes.count} "
-            "processes without an image; start fewer of them."
+            f"squeeze.batch_size {params.batch_size}: is too small for {processes} processes and "
+            f"accumulate {params.accumulate}; lower one of them."
         )
     cost = build_regulariser(task.recipe.regulariser, task.threat).cost
     steps = _steps_per_epoch(task.train_images, params.batch_size)
@@ -121,7 +129,6 @@ def _train_teacher(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     total = params.epochs * steps
-    mine = run.processes.share(params.batch_size)
     together = synchronised(model, run.processes) if params.sync_bn else nullcontext()
     with run.progress.stage("squeeze", total, "steps", first * steps + begun) as bar, together:
         for epoch in range(first, params.epochs):
@@ -133,23 +140,9 @@ def _train_teacher(
             for step in range(begun, steps):
                 _set_lr(optimizer, params, (epoch * steps + step) / steps)
                 picked = order[step * params.batch_size : (step + 1) * params.batch_size]
-                boxes = draw_crops(len(picked), task.resolution, params.crop_scale, generator)
-                flips = draw_flips(len(picked), generator) & params.flip
-                part = (len(picked), mine) if run.processes.count > 1 else None
-                picked, boxes, flips = picked[mine], boxes[mine], flips[mine]
-                batch = Batch(
-                    model=model,
-                    images=apply_crops(
-                        train.batch(picked, run.device), boxes, flips, task.resolution
-                    ),
-                    labels=train.labels[picked].to(run.device),
-                    generator=generator,
-                    autocast=run.accelerator.autocast,
-                    part=part,
-                    total=run.processes.total,
-                )
+                batches = _batches(task, train, model, params, picked, generator)
                 optimizer.zero_grad(set_to_none=True)
-                loss, penalty = run.processes.total(torch.stack(regulariser.backward(batch)))
+                loss, penalty = run.processes.total(_backward(regulariser, batches))
                 value = check_finite(
                     loss + penalty,
                     f"squeeze, epoch {epoch + 1}, step {step + 1}",
@@ -160,7 +153,9 @@ def _train_teacher(
                 bar.advance(
                     1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"
                 )
-                if folder.due() and epoch * steps + step + 1 < total:
+                done = epoch * steps + step + 1
+                run.log(done, squeeze_loss=value, squeeze_penalty=float(penalty))
+                if folder.due() and done < total:
                     folder.checkpoint(
                         {
                             "epoch": epoch + (step + 1) // steps,
@@ -171,6 +166,57 @@ def _train_teacher(
                         }
                     )
             begun = 0
+
+
+def _batches(
+    task: Task,
+    train: RealDataset,
+    model: Classifier,
+    params: Squeeze,
+    picked: Tensor,
+    generator: torch.Generator,
+) -> Iterator[Batch]:
+    """This process's images of a step, in as many parts as `accumulate` says.
+
+    The views of all images are drawn, so that neither the split over processes nor that into parts
+    changes them.
+    """
+    run, count = task.run, len(picked)
+    boxes = draw_crops(count, task.resolution, params.crop_scale, generator)
+    flips = draw_flips(count, generator) & params.flip
+    mine = run.processes.share(count)
+    whole = run.processes.count == params.accumulate == 1
+    size = -(-(mine.stop - mine.start) // params.accumulate)
+    for first in range(mine.start, mine.stop, size):
+        rows = slice(first, min(first + size, mine.stop))
+        images = train.batch(picked[rows], run.device)
+        yield Batch(
+            model=model,
+            images=apply_crops(images, boxes[rows], flips[rows], task.resolution),
+            labels=train.labels[picked[rows]].to(run.device),
+            generator=generator,
+            autocast=run.accelerator.autocast,
+            part=None if whole else (count, rows),
+            total=run.processes.total,
+        )
+
+
+def _backward(regulariser: Regulariser, batches: Iterable[Batch]) -> Tensor:
+    """The sum of the losses and penalties [2] of the parts of a batch; so are the gradients it leaves."""
+    values, held = [], None
+    for batch in batches:
+        parameters = [*batch.model.parameters()]
+        values.append(torch.stack(regulariser.backward(batch)))
+        if held is not None:
+            for parameter, grad in zip(parameters, held, strict=True):
+                if parameter.grad is not None and grad is not None:
+                    parameter.grad += grad
+        held = [parameter.grad for parameter in parameters]
+        batch.model.zero_grad(set_to_none=True)
+    assert held is not None
+    for parameter, grad in zip(parameters, held, strict=True):
+        parameter.grad = grad
+    return torch.stack(values).sum(0)
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, params: Squeeze, epoch: float) -> None:

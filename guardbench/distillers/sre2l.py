@@ -262,6 +262,7 @@ class _Recovery:
             self.optimizer.param_groups[0]["lr"] = self.params.lr * share
             loss = self._step(step) if self.chunk else 0.0
             advance(1, f"loss {loss:.3f}")
+            self.task.run.log(self.number * self.params.iterations + step + 1, recover_loss=loss)
             if folder.due() and step + 1 < self.params.iterations:
                 parts = collect(self._kept())
                 kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -29,7 +29,9 @@ def network() -> nn.Module:
     return model.double().train()
 
 
-def step(processes: Processes | None, words: dict[str, object], images: int) -> dict[str, torch.Tensor]:
+def step(
+    processes: Processes | None, words: dict[str, object], images: int
+) -> dict[str, torch.Tensor]:
     """One squeeze step's loss, gradients and running statistics, of the batch or of a part of it."""
     generator = torch.Generator().manual_seed(3)
     x = torch.rand(images, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -65,6 +67,7 @@ def main() -> None:
                 most = 1e-5 if words["kind"] == "pgd-released" else 1e-9
                 assert off < most, (words["kind"], images, name, off)
     print("regularisers: the same on two")
+    accelerator.end_training()
 
 
 main()

@@ -1,0 +1,137 @@
+"""One run on two processes: the same numbers as on one, nothing lost when one of them dies."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command import clean_environment, guardbench, quick_protocol
+from safetensors.torch import load_file
+
+from guardbench.record_files import load_record
+from guardbench.records import ResultRecord
+
+# Long enough to learn something, short enough that rounding has not yet grown into another network.
+SETTINGS = ("--set", "squeeze.epochs=4", "--set", "recover.iterations=40")
+WORDS = ("run", "--method", "guard", "--protocol", "quick.toml", "--ipc", "10", *SETTINGS)
+APART = 0.02  # of the images may have another verdict
+
+
+def environment(**more: str) -> dict[str, str]:
+    return clean_environment() | {"OMP_NUM_THREADS": "1"} | more
+
+
+def on_two(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    return subprocess.run(
+        [*launcher, *words],
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def the_record(workspace: Path) -> ResultRecord:
+    (path,) = workspace.glob("records/quick/ipc10/*.json")
+    return load_record(path)
+
+
+def share_apart(one: ResultRecord, other: ResultRecord) -> float:
+    """Of the verdicts, clean and attacked, how many differ."""
+    pairs = [
+        pair
+        for a, b in zip(one.seeds, other.seeds, strict=True)
+        for name in a.attacks
+        for pair in zip(a.attacks[name].flags(), b.attacks[name].flags(), strict=True)
+    ]
+    return sum(x != y for x, y in pairs) / len(pairs)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    quick_protocol(folder)
+    result = guardbench(*WORDS, "--output", "one", cwd=folder, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    result = on_two(str(Path(__file__).with_name("on_two.py")), cwd=Path.cwd())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the same on two") == 2
+
+
+def test_two_processes_make_the_record_of_one(alone: Path) -> None:
+    result = on_two("-m", "guardbench", *WORDS, "--output", "two", cwd=alone)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("expected") == 1, "the first process alone speaks"
+    one, two = the_record(alone / "one"), the_record(alone / "two")
+    assert two.provenance.device == f"2 x {one.provenance.device}"
+    assert {c.stage for c in two.cost} == {c.stage for c in one.cost}
+    assert one.seeds[0].clean.correct > 30, (
+        "a network that has learnt nothing agrees with any other"
+    )
+    assert share_apart(one, two) <= APART
+    teachers, images = (
+        [load_file(*(alone / at).glob(name)) for at in ("one", "two")]
+        for name in ("teachers/*/teacher.safetensors", "distilled/*/distilled/images.safetensors")
+    )
+    for key, value in teachers[0].items():
+        torch.testing.assert_close(teachers[1][key], value, rtol=0.02, atol=0.02)
+    # Adam divides a pixel's gradient by its own size, so rounding alone can turn a small one's sign.
+    off = (images[0]["images"] - images[1]["images"]).abs().mean()
+    assert off < 0.02, f"pixels differ by {off:.3f} on average"
+    files = [sorted(p.relative_to(alone / at) for p in (alone / at).rglob("*") if p.is_file())
+             for at in ("one", "two")]  # fmt: skip
+    assert files[0] == files[1], "nothing more and nothing less is written"
+
+
+def test_a_process_that_dies_is_told_and_the_run_goes_on_without_it(alone: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    peers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "guardbench", *WORDS, "--output", "three"],
+            cwd=alone,
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true",
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    teachers = alone / "three" / "teachers"
+    deadline = time.monotonic() + 120
+    while not list(teachers.glob("*/stage.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(peers[1].pid, signal.SIGKILL)
+    _, said = peers[0].communicate(timeout=120)
+    peers[1].communicate()
+    assert peers[0].returncode == 2, said
+    assert "another process of this run has stopped" in said
+    assert "Traceback" not in said
+    again = guardbench(*WORDS, "--output", "three", cwd=alone, OMP_NUM_THREADS="1")
+    assert again.returncode == 0, again.stderr
+    record = the_record(alone / "three")
+    assert next(c for c in record.cost if c.stage == "squeeze").shared, "it was finished"
+    assert share_apart(the_record(alone / "one"), record) <= APART
+
+
+def test_too_many_processes_for_a_batch_are_one_line(alone: Path) -> None:
+    few = ("--set", "squeeze.batch_size=1", "--output", "four", "--dry-run")
+    result = on_two("-m", "guardbench", *WORDS, *few, cwd=alone)
+    assert result.returncode != 0
+    assert "error: squeeze.batch_size 1: is too small for 2 processes" in result.stderr
