@@ -98,11 +98,9 @@ def test_like_takes_over_what_a_method_does_not_say() -> None:
     assert trades.recipes["cifar10@32"].regulariser["steps"] == 10
     short = trades.recipes["imagenette@64"]
     assert short.regulariser["steps"] == 3
-    assert short.params == sre2l.recipes["imagenette@64"].params
-    cda, plain = load_method("cda").recipes["imagenette@64"], sre2l.recipes["imagenette@64"]
-    crops = {"crop_scale": [0.08, 1.0], "curriculum": "cosine"}
-    assert cda.params["recover"] == plain.params["recover"] | crops
-    assert cda.params["squeeze"] == plain.params["squeeze"]
+    assert short.params["squeeze"] == sre2l.recipes["imagenette@64"].params["squeeze"] | {
+        "epochs": 8
+    }
     assert not [p for p in trades.published if p.cells], "sre2l's cells are not its own"
 
 
