@@ -20,6 +20,7 @@ from guardbench.cli.pull import pull
 from guardbench.cli.push import push
 from guardbench.cli.run import run
 from guardbench.cli.show import show
+from guardbench.cli.suite import suite
 from guardbench.errors import GuardbenchError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
     "Example: guardbench run --method guard --dataset digits",
 )
 app.command()(run)
+app.command()(suite)
 app.command()(evaluate)
 app.command()(curve)
 app.command()(methods)
