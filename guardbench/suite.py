@@ -245,19 +245,20 @@ def prepared(cells: Sequence[Cell]) -> list[Cell]:
     Where a protocol's images are not what it needs, its cells of that IPC and above cannot be run.
     """
     failed: dict[str, str] = {}
+    seen: set[tuple[str, int]] = set()
     found = {}
     for cell in sorted(cells, key=lambda cell: cell.wanted.ipc):
+        measured, ipc = cell.wanted.measured, cell.wanted.ipc
+        if cell.plan is not None and cell.to_do:
+            if measured not in failed and (measured, ipc) not in seen:
+                seen.add((measured, ipc))
+                try:
+                    prepare(cell.plan)
+                except GuardbenchError as error:
+                    failed[measured] = str(error)
+            if measured in failed:
+                cell = replace(cell, plan=None, refusal=failed[measured])
         found[cell.name] = cell
-        if not cell.to_do or cell.plan is None:
-            continue
-        measured = cell.wanted.measured
-        if measured not in failed:
-            try:
-                prepare(cell.plan)
-            except GuardbenchError as error:
-                failed[measured] = str(error)
-        if measured in failed:
-            found[cell.name] = replace(cell, plan=None, refusal=failed[measured])
     return [found[cell.name] for cell in cells]
 
 

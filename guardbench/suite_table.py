@@ -158,15 +158,18 @@ def _remarks(part: Part, folders: Mapping[Path, int]) -> list[tuple[str, str]]:
 
 def print_summary(console: Console, results: Sequence[Result]) -> None:
     """Prints one row a cell: clean and robust accuracy, state and time."""
-    table = _table("cell", "clean %", "ranked by %", "worst %", "time", "state")
+    table = _table("cell", "clean %", "ranked by %", "time", "state")
     for each in results:
-        clean, ranked, worst = _accuracies(each)
+        clean, ranked, _ = _accuracies(each)
         by = "" if ranked is None or each.cell.plan is None else each.cell.plan.protocol.rank_by
         table.add_row(
-            escape(each.cell.name), _percent(clean), f"{by} {_percent(ranked)}".strip(), _percent(worst),
-            "" if each.seconds is None else clock(each.seconds), each.state,
+            escape(each.cell.name),
+            _percent(clean),
+            f"{by} {_percent(ranked)}".strip(),
+            "" if each.seconds is None else clock(each.seconds),
+            each.state,
             style={"failed": "red", "cannot be run": "yellow"}.get(each.state),
-        )  # fmt: skip
+        )
     console.print(table)
     for each in results:
         if each.reason:
