@@ -14,6 +14,7 @@ from guardbench.cli.compare import compare
 from guardbench.cli.convert import convert
 from guardbench.cli.curve import curve
 from guardbench.cli.diagnose import diagnose
+from guardbench.cli.doctor import doctor
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.methods import methods
 from guardbench.cli.pull import pull
@@ -42,6 +43,7 @@ app.command()(attacks)
 app.command()(show)
 app.command()(compare)
 app.command()(convert)
+app.command()(doctor)
 app.command()(push)
 app.command()(pull)
 app.add_typer(leaderboard.app, name="leaderboard")

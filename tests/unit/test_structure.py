@@ -47,7 +47,7 @@ ROOMS = [
     ["references"],
     ["evaluation"],
     ["pipeline", "assessment"],
-    ["suite", "suite_run", "suite_table"],
+    ["suite", "suite_run", "suite_table", "doctor"],
     ["submissions"],
     ["cli", "__main__"],
 ]
