@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from guardbench import pipeline, suite_run, suite_table
@@ -513,3 +516,56 @@ def test_the_reason_of_a_run_without_a_record_is_told() -> None:
     found = suite_run.result_of(cell, Ended(0), 1.0)
     assert (found.state, found.reason) == ("failed", "it left no record that fits the plan")
     assert suite_run.result_of(cell, Ended(143), 1.0).state == "to do"
+
+
+# --- what the README tells schedulers
+
+
+def block(language: str, inside: str) -> str:
+    """The README's code block in that language that has `inside` in it."""
+    readme = Path(suite_run.__file__).parents[1] / "README.md"
+    if not readme.is_file():
+        pytest.skip("not in a checkout")
+    found = re.findall(rf"```{language}\n(.*?)```", readme.read_text(), re.DOTALL)
+    (text,) = (each for each in found if inside in each)
+    return text
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch) -> Path:
+    """A `guardbench` that writes down what it was told."""
+    path = tmp_path / "bin" / "guardbench"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/told"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "told"
+
+
+def shards_of(told: Path) -> list[str]:
+    return [words.split("--shard ")[1].split()[0] for words in told.read_text().splitlines()]
+
+
+def test_the_slurm_array_runs_every_shard_once(stub, tmp_path, monkeypatch) -> None:
+    script = block("bash", "#SBATCH --array")
+    first, last = map(int, re.search(r"--array=(\d+)-(\d+)", script).groups())
+    monkeypatch.setenv("SLURM_SUBMIT_DIR", str(tmp_path))
+    for number in range(first, last + 1):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        subprocess.run(["bash", "-c", script], check=True)
+    assert shards_of(stub) == [f"{number}/{last}" for number in range(1, last + 1)]
+
+
+def test_the_github_matrix_runs_every_shard_once(stub) -> None:
+    jobs = yaml.safe_load(block("yaml", "--shard"))["jobs"]
+    numbers = jobs["shard"]["strategy"]["matrix"]["shard"]
+    (line,) = (s["run"] for s in jobs["shard"]["steps"] if "suite" in s.get("run", ""))
+    for number in numbers:
+        step = line.replace("${{ matrix.shard }}", str(number))
+        subprocess.run(["bash", "-c", step], check=True)
+    assert shards_of(stub) == [f"{number}/{len(numbers)}" for number in range(1, len(numbers) + 1)]
+
+
+def test_the_readmes_suite_is_one(tmp_path) -> None:
+    (tmp_path / "suite.toml").write_text(block("toml", "[[matrix]]"))
+    assert len(read_suite(tmp_path / "suite.toml")) == 8
