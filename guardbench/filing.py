@@ -41,6 +41,13 @@ class Place:
         folder = self.workspace / ("records" if tier == "official" else "dev")
         return folder / protocol / f"ipc{ipc}" / f"{self.name}{self.mark}.json"
 
+    def published_path(self, protocol: str, ipc: int) -> Path | None:
+        """Where it goes in the checkout; None where it is not published."""
+        if self.checkout is None:
+            return None
+        folder = self.checkout / self.area / self.name / "results" / protocol
+        return folder / f"ipc{ipc}{self.mark}.json"
+
 
 def file_record(record: ResultRecord, place: Place, warn: Callable[[str], None]) -> dict[str, Path]:
     """Writes a record and brings the boards up to date that it stands on.
@@ -58,17 +65,24 @@ def file_record(record: ResultRecord, place: Place, warn: Callable[[str], None])
         if place.own_protocol is not None:  # kept, so that the workspace's boards can be rebuilt
             kept = place.workspace / "protocols" / place.own_protocol.name
             write_text(kept, read_text(place.own_protocol, what="protocol"))
-        build_workspace_boards(
-            place.workspace, load=partial(_known_protocol, place.workspace), warn=warn
-        )
+        refresh_boards(place.workspace, warn)
         paths["board"] = place.workspace / board
-    if place.checkout is not None:
-        folder = place.checkout / place.area / place.name / "results" / record.protocol
-        paths["published"] = folder / f"ipc{record.ipc}{place.mark}.json"
-        save_record(paths["published"], record)
+    published = place.published_path(record.protocol, record.ipc)
+    if place.checkout is not None and published is not None:
+        paths["published"] = published
+        save_record(published, record)
         write(place.checkout, rebuild(place.checkout))
         paths["public board"] = place.checkout / board
     return paths
+
+
+def refresh_boards(workspace: Path, warn: Callable[[str], None]) -> None:
+    """Brings the boards of a workspace up to date by the records that are there, whoever put them there.
+
+    Args:
+        warn: as in `file_record`.
+    """
+    build_workspace_boards(workspace, load=partial(_known_protocol, workspace), warn=warn)
 
 
 def own_protocol(named: str | None) -> Path | None:

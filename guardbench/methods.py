@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 import guardbench
+from guardbench import canonical
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import first_problem, read_toml, toml_value, unknown
 from guardbench.record_files import record_paths
@@ -211,6 +212,11 @@ def overridden(
         return Recipe.model_validate(words)
     except ValidationError as error:
         raise GuardbenchError(f"--set {' '.join(assignments)}: {first_problem(error)}.") from error
+
+
+def set_mark(assignments: Sequence[str]) -> str:
+    """Nothing for the committed recipe, else a mark of what was set, so that both records can stand."""
+    return f"-set-{canonical.digest(sorted(assignments))[:8]}" if assignments else ""
 
 
 def _assignment(text: str) -> tuple[str, Any]:

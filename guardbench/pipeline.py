@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -30,7 +30,7 @@ from guardbench.evaluation import (
     plan_evaluation,
 )
 from guardbench.filing import Place, checkout_for, file_record, own_protocol
-from guardbench.methods import MethodFile, load_method, overridden
+from guardbench.methods import MethodFile, load_method, overridden, set_mark
 from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
@@ -94,19 +94,13 @@ class Plan:
         return [*self.distilling, *self.evaluating.stages]
 
     @property
-    def own(self) -> str:
-        """Nothing for the committed recipe, else a mark of what was set, so that both can stand."""
-        settings = sorted(self.settings.overrides)
-        return f"-set-{canonical.digest(settings)[:8]}" if settings else ""
-
-    @property
     def place(self) -> Place:
         """Where the record goes."""
         return Place(
             workspace=self.settings.output,
             area="baselines",
             name=self.method.name,
-            mark=f"{self.own}-seed{self.settings.seed}",
+            mark=f"{set_mark(self.settings.overrides)}-seed{self.settings.seed}",
             own_protocol=own_protocol(self.settings.protocol),
             checkout=self.checkout,
         )
@@ -237,10 +231,7 @@ def execute(plan: Plan) -> Finished:
     warnings: list[str] = []
     with explained(settings.output), run.processes.heard():
         with run.processes.local_first():
-            train, test = (_load(plan, split) for split in ("train", "val"))
-        measured_indices(protocol, test, plan.evaluating.sample)  # refused before the long part
-        if plan.checkout is not None:
-            require_complete(train)
+            train, test = prepare(plan)
         if not plan.decoded:  # the stages' keys hold the images' digests, known only now
             plan = make_plan(settings, run.progress)
         if settings.log_with:
@@ -259,7 +250,7 @@ def execute(plan: Plan) -> Finished:
             dataset=protocol.dataset,
             resolution=protocol.resolution,
             ipc=settings.ipc,
-            method=_method(plan),
+            method=planned_method(plan),
             overrides=settings.overrides,
             artifact=measured_artifact(distilled),
             test=measured_test(protocol, test, plan.evaluating.sample),
@@ -280,6 +271,19 @@ def execute(plan: Plan) -> Finished:
         for tracker in run.accelerator.trackers:
             tracker.finish()
     return Finished(record, paths, tuple(warnings))
+
+
+def prepare(plan: Plan) -> tuple[RealDataset, RealDataset]:
+    """The training and test images, downloaded and decoded where they are not yet.
+
+    Raises:
+        GuardbenchError: they are not what the protocol measures, or too few: refused before the long part.
+    """
+    train, test = (_load(plan, split) for split in ("train", "val"))
+    measured_indices(plan.protocol, test, plan.evaluating.sample)
+    if plan.checkout is not None:
+        require_complete(train)
+    return train, test
 
 
 def require_complete(split: RealDataset) -> None:
@@ -321,24 +325,24 @@ def expected_seconds(run: Run, protocol: Protocol, stages: Sequence[PlannedStage
     left = [stage for stage in stages if stage.folder.finished() is None]
     if not left:
         return 0.0
-    fast = _images_per_second(run, protocol, run.precision)
-    exact = fast if run.precision == "fp32" else _images_per_second(run, protocol, "fp32")
+    student = (protocol.student.arch, protocol.dataset, protocol.resolution)
+    fast = _images_per_second(run.device, run.precision, *student)
+    exact = fast if run.precision == "fp32" else _images_per_second(run.device, "fp32", *student)
     seconds = sum(stage.passes / (exact if stage.fp32 else fast) for stage in left)
     return seconds / run.processes.count
 
 
-def _images_per_second(run: Run, protocol: Protocol, precision: str) -> float:
-    """Forward+backward rate of the protocol's student at the protocol's resolution."""
-    info, device = dataset_info(protocol.dataset), run.device
+@cache  # a suite asks for each of its cells
+def _images_per_second(
+    device: torch.device, precision: str, arch: str, dataset: str, resolution: int
+) -> float:
+    """Forward+backward rate of a network on the images of a dataset."""
+    info = dataset_info(dataset)
     model = build_model(
-        protocol.student.arch,
-        channels=info.channels,
-        classes=info.num_classes,
-        resolution=protocol.resolution,
-        seed=0,
+        arch, channels=info.channels, classes=info.num_classes, resolution=resolution, seed=0
     ).to(device)
-    count = 64 if protocol.resolution <= 64 else 16
-    images = torch.rand(count, info.channels, protocol.resolution, protocol.resolution)
+    count = 64 if resolution <= 64 else 16
+    images = torch.rand(count, info.channels, resolution, resolution)
     images = images.to(device)
     rate = 0.0
     for _ in range(3):  # the first pass pays for initialisation
@@ -364,7 +368,8 @@ def _load(plan: Plan, split: str) -> RealDataset:
     )
 
 
-def _method(plan: Plan) -> Method:
+def planned_method(plan: Plan) -> Method:
+    """What the record will say of the method."""
     recipe = plan.task.recipe
     return Method(
         name=plan.method.name,

@@ -14,6 +14,7 @@ from guardbench.cli.compare import compare
 from guardbench.cli.convert import convert
 from guardbench.cli.curve import curve
 from guardbench.cli.diagnose import diagnose
+from guardbench.cli.doctor import doctor
 from guardbench.cli.evaluate import evaluate
 from guardbench.cli.methods import methods
 from guardbench.cli.options import process_rank
@@ -21,6 +22,7 @@ from guardbench.cli.pull import pull
 from guardbench.cli.push import push
 from guardbench.cli.run import run
 from guardbench.cli.show import show
+from guardbench.cli.suite import suite
 from guardbench.errors import GuardbenchError, PeerError
 
 app = typer.Typer(
@@ -33,6 +35,7 @@ app = typer.Typer(
     "Example: guardbench run --method guard --dataset digits",
 )
 app.command()(run)
+app.command()(suite)
 app.command()(evaluate)
 app.command()(curve)
 app.command()(methods)
@@ -41,6 +44,7 @@ app.command()(attacks)
 app.command()(show)
 app.command()(compare)
 app.command()(convert)
+app.command()(doctor)
 app.command()(push)
 app.command()(pull)
 app.add_typer(leaderboard.app, name="leaderboard")

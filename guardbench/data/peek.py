@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from guardbench.data.cache import find, in_memory
@@ -18,12 +19,17 @@ def cached_digest(
     """Digest of the decoded `split`, as `RealDataset.digest`; None while it is not in the cache."""
     if located.kind == "download":
         return None
-    source = open_source(info, located, split)
-    what = f"{info.name}-{split}"
     if info.embedded:
-        return in_memory(source, resolution, Progress(), what).digest
-    entry = find(source, resolution, cache_root(cache_dir), what)
+        return _embedded_digest(info, located, split, resolution)
+    source = open_source(info, located, split)
+    entry = find(source, resolution, cache_root(cache_dir), f"{info.name}-{split}")
     return None if entry is None else entry.digest
+
+
+@cache  # they lie in an installed package, and a suite asks for each of its cells
+def _embedded_digest(info: DatasetInfo, located: Located, split: Split, resolution: int) -> str:
+    source = open_source(info, located, split)
+    return in_memory(source, resolution, Progress(), f"{info.name}-{split}").digest
 
 
 def class_order(info: DatasetInfo, located: Located) -> tuple[str, ...]:

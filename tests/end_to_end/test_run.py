@@ -120,6 +120,23 @@ def test_a_dev_run_takes_over_the_students_and_stands_on_no_board(ran, tmp_path)
     assert {p: p.read_bytes() for p in folder.rglob("leaderboards/**/*.json")} == boards
 
 
+def test_a_suite_goes_on_from_a_run_and_leaves_what_a_run_leaves(ran, tmp_path) -> None:
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(ran[0], folder)
+    whole = load_record(the_record(folder))
+    the_record(folder).unlink()
+    words = ["--methods", "guard", "--protocols", "quick.toml", "--ipcs", "1"]
+    result = guardbench("suite", *words, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"quick/ipc1/guard +0 of \d+ ", result.stdout)
+    assert re.search(r"quick/ipc1/guard +[\d.]+ +pgd100 [\d.]+ .* done", result.stdout)
+    record = load_record(the_record(folder))
+    assert record.result_sha256 == whole.result_sha256
+    assert record.provenance.threads == whole.provenance.threads
+
+
 def test_dry_run_stops_after_the_plan_and_writes_nothing(tmp_path) -> None:
     result = guardbench(*quick(tmp_path, "--dry-run"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -18,6 +18,7 @@ ROOMS = [
     [
         "protocol",
         "methods",
+        "suite_file",
         "migrations",
         "records",
         "json_files",
@@ -46,6 +47,7 @@ ROOMS = [
     ["references"],
     ["evaluation"],
     ["pipeline", "assessment"],
+    ["suite", "suite_run", "suite_table", "doctor"],
     ["submissions"],
     ["cli", "__main__"],
 ]
