@@ -9,7 +9,6 @@ from guardbench.data.catalog import DatasetInfo, Split
 from guardbench.data.files import cache_root
 from guardbench.data.locate import Located
 from guardbench.data.source import open_source
-from guardbench.progress import Progress
 
 
 def cached_digest(
@@ -21,7 +20,7 @@ def cached_digest(
     source = open_source(info, located, split)
     what = f"{info.name}-{split}"
     if info.embedded:
-        return in_memory(source, resolution, Progress(), what).digest
+        return in_memory(source, resolution).digest
     entry = find(source, resolution, cache_root(cache_dir), what)
     return None if entry is None else entry.digest
 

@@ -1,0 +1,116 @@
+"""Images to pixels: the preprocessing, many at a time, and the digest of what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from guardbench import canonical
+from guardbench.data.source import Item, Shard
+
+PREPROCESSING = "short-side-centre-v1"
+_AHEAD_BYTES = 64 << 20
+_MOST_THREADS = 16
+
+
+def short_side_centre(image: Image.Image, resolution: int, channels: int) -> npt.NDArray[np.uint8]:
+    """The preprocessing `short-side-centre-v1`: uint8 [C, R, R] of one decoded image.
+
+    RGB (or grey, for one channel); the shorter side is resized to R by Pillow's bilinear filter,
+    which is antialiased; the centre R x R is kept. The same numbers as torchvision's Resize(R) and
+    CenterCrop(R) on a PIL image.
+    """
+    mode = "RGB" if channels == 3 else "L"
+    if image.mode != mode:
+        image = image.convert(mode)
+    width, height = image.size
+    short = min(width, height)
+    if short != resolution:
+        width, height = (int(resolution * side / short) for side in (width, height))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(image, dtype=np.uint8).reshape(resolution, resolution, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def decoded(
+    shards: Sequence[Shard], resolution: int, channels: int
+) -> Iterator[tuple[int, Item, npt.NDArray[np.uint8]]]:
+    """All images of `shards` in their order: the shard's number, the item and its uint8 [C, R, R].
+
+    Threads decode ahead of what is taken (Pillow frees the interpreter), within a bound of memory.
+
+    Raises:
+        GuardbenchError: an image is missing or broken; the line names it.
+    """
+    workers = min(_MOST_THREADS, _cores())
+    ahead = _AHEAD_BYTES // (channels * resolution * resolution)
+    ahead = min(max(ahead, 2 * workers), 32 * workers)
+
+    def work(item: Item) -> npt.NDArray[np.uint8]:
+        return short_side_centre(item.decode(), resolution, channels)
+
+    pending: deque[tuple[int, Item, Future[npt.NDArray[np.uint8]]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        try:
+            for number, shard in enumerate(shards):
+                for item in shard.items():
+                    pending.append((number, item, pool.submit(work, item)))
+                    if len(pending) > ahead:
+                        yield _taken(pending)
+            while pending:
+                yield _taken(pending)
+        finally:
+            for _, _, future in pending:
+                future.cancel()
+
+
+def _taken(
+    pending: deque[tuple[int, Item, Future[npt.NDArray[np.uint8]]]],
+) -> tuple[int, Item, npt.NDArray[np.uint8]]:
+    number, item, future = pending.popleft()
+    return number, item, future.result()
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+
+
+class Digest:
+    """SHA-256 over the preprocessing's version, the classes, ids, labels and pixels of a split."""
+
+    def __init__(self) -> None:
+        self._pixels = hashlib.sha256()
+
+    def add(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """Takes the pixels of the next images, in the split's order."""
+        self._pixels.update(pixels.data)
+
+    def end(
+        self,
+        classes: tuple[str, ...],
+        ids: Sequence[str],
+        labels: Sequence[int],
+        shape: tuple[int, ...],
+    ) -> str:
+        """The digest, once all pixels of `shape` [N, C, R, R] have been taken."""
+        return canonical.digest(
+            {
+                "preprocessing": PREPROCESSING,
+                "classes": classes,
+                "ids": ids,
+                "labels": labels,
+                "shape": shape,
+                "pixels": self._pixels.hexdigest(),
+            }
+        )
