@@ -14,6 +14,7 @@ from PIL import Image
 
 from guardbench import canonical
 from guardbench.data.source import Item, Shard
+from guardbench.errors import GuardbenchError
 
 PREPROCESSING = "short-side-centre-v1"
 _AHEAD_BYTES = 64 << 20
@@ -58,26 +59,30 @@ def decoded(
     def work(item: Item) -> npt.NDArray[np.uint8]:
         return short_side_centre(item.decode(), resolution, channels)
 
+    coming = ((number, item) for number, shard in enumerate(shards) for item in shard.items())
+    failure: GuardbenchError | None = None
     pending: deque[tuple[int, Item, Future[npt.NDArray[np.uint8]]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
-            for number, shard in enumerate(shards):
-                for item in shard.items():
-                    pending.append((number, item, pool.submit(work, item)))
-                    if len(pending) > ahead:
-                        yield _taken(pending)
-            while pending:
-                yield _taken(pending)
+            while True:
+                while failure is None and len(pending) <= ahead:
+                    try:
+                        found = next(coming, None)
+                    except GuardbenchError as error:
+                        failure = error  # told in its turn, when what was read before it is done
+                        break
+                    if found is None:
+                        break
+                    pending.append((*found, pool.submit(work, found[1])))
+                if not pending:
+                    break
+                number, item, future = pending.popleft()
+                yield number, item, future.result()
         finally:
-            for _, _, future in pending:
+            for *_, future in pending:
                 future.cancel()
-
-
-def _taken(
-    pending: deque[tuple[int, Item, Future[npt.NDArray[np.uint8]]]],
-) -> tuple[int, Item, npt.NDArray[np.uint8]]:
-    number, item, future = pending.popleft()
-    return number, item, future.result()
+    if failure is not None:
+        raise failure
 
 
 def _cores() -> int:
