@@ -1,8 +1,9 @@
 """Students: trained on a distilled dataset as the protocol says, whoever made the dataset.
 
 With a teacher (SRe2L's relabel, section 3.3, after FKD) the student matches the teacher's logits on
-exactly the view that it sees. The labels are made once, stored as float16 an epoch, and shared by all
-students of the protocol. Hard and soft labels are mixed as CutMix mixes the pixels.
+exactly the view that it sees. The labels are made once, stored an epoch at a time
+(`guardbench.labels`), and shared by all students of the protocol. Hard and soft labels are mixed as CutMix
+mixes the pixels.
 """
 
 from __future__ import annotations
@@ -10,19 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
+from guardbench.labels import INDEX, LabelStore
 from guardbench.models import Classifier, build_model, load_weights, save_weights
 from guardbench.protocol import Student
+from guardbench.report import byte_size
 from guardbench.runtime import Run, StageFolder, check_finite
-from guardbench.store import write_bytes
 from guardbench.views import View, epoch_views
 
-LABELS = "labels.safetensors"
 STUDENT = "student.safetensors"
 
 
@@ -34,9 +34,12 @@ def plan_relabel(
         "stage": "relabel",
         "artifact": artifact,
         "views": student.model_dump(mode="json", include=_SHAPES_VIEWS),
+        "store": "a file an epoch",
         "seed": run.seed,
         "precision": run.precision,
     }
+    if student.label_top_k is not None:
+        words |= {"top_k": student.label_top_k, "temperature": student.temperature}
     folder = run.stage(name, "labels", words)
     # A forward pass is about a third of a forward and a backward.
     return PlannedStage(folder, f"{student.epochs} epochs", student.epochs * images / 3)
@@ -63,34 +66,67 @@ def plan_student(
 _SHAPES_VIEWS = {"epochs", "batch_size", "crop_scale", "flip", "cutmix"}
 
 
+def label_store(distilled: DistilledDataset, student: Student, stage: PlannedStage) -> LabelStore:
+    """Where a relabel stage keeps its labels."""
+    classes = len(distilled.manifest.classes)
+    return LabelStore(stage.folder.path, classes, student.label_top_k, student.temperature)
+
+
 def relabel(run: Run, distilled: DistilledDataset, student: Student, stage: PlannedStage) -> None:
-    """Stores the teacher's logits on every view as float16 [epochs, N, K], in the views' order."""
+    """Stores the teacher's logits on every view of every epoch; goes on at the epochs that are not there.
+
+    Raises:
+        GuardbenchError: there is no room for them.
+    """
     folder, teacher = stage.folder, distilled.teacher
     if folder.finished() is not None:
         return
     assert teacher is not None, "only a teacher labels views"
     teacher.to(run.device).eval()
-    images = distilled.images.to(run.device)
-    state = folder.begin(run.device)
-    stored = torch.zeros(
-        student.epochs, len(images), len(distilled.manifest.classes), dtype=torch.float16
-    )
-    first = 0
-    if state is not None:
-        first = int(state["epoch"])
-        stored[:first] = state["labels"]
-    with run.progress.stage(folder.name, student.epochs, "epochs", first) as bar:
-        for epoch in range(first, student.epochs):
-            rows = []
-            for view in _views(run, student, distilled, epoch):
-                with torch.no_grad(), run.accelerator.autocast():
-                    rows.append(teacher(view.render(images)).half().cpu())
-            stored[epoch] = torch.cat(rows)
+    images = placed(distilled.images, run.device)
+    folder.begin(run.device)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    store = label_store(distilled, student, stage)
+    there = store.finished(student.epochs)
+    store.require_space((student.epochs - len(there)) * len(images))
+    with run.progress.stage(folder.name, student.epochs, "epochs", len(there)) as bar:
+        for epoch in range(student.epochs):
+            if epoch in there:
+                continue
+            store.write(epoch, label_epoch(run, distilled, student, images, epoch))
             bar.advance()
             if folder.due() and epoch + 1 < student.epochs:
-                folder.checkpoint({"epoch": epoch + 1, "labels": stored[: epoch + 1].clone()})
-    write_bytes(folder.path / LABELS, save({"logits": stored}))
-    folder.finish(run.device, (LABELS,))
+                folder.checkpoint({})  # the seconds so far; the labels are where they belong
+        size = store.seal(student.epochs)
+        bar.advance(0, f"{byte_size(size)} of labels")
+    folder.finish(run.device, (INDEX,), label_bytes=size)
+
+
+def label_epoch(
+    run: Run, distilled: DistilledDataset, student: Student, images: Tensor, epoch: int
+) -> Tensor:
+    """The teacher's logits, float16 [N, K] on the CPU, on the views of one epoch in their order.
+
+    Args:
+        images: the set's, `placed`.
+    """
+    teacher = distilled.teacher
+    assert teacher is not None, "only a teacher labels views"
+    rows = []
+    for view in _views(run, student, distilled, epoch):
+        with torch.no_grad(), run.accelerator.autocast():
+            rows.append(teacher(view.render(images, run.device)).half().cpu())
+    return torch.cat(rows)
+
+
+def placed(images: Tensor, device: torch.device) -> Tensor:
+    """The images on `device`, or where they are when they would take over a quarter of its free memory.
+
+    `View.render` takes them from either; fifty of each of ImageNet's classes are 30 GB.
+    """
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+        return images
+    return images.to(device)
 
 
 def train_student(
@@ -120,10 +156,8 @@ def train_student(
         seed=run.generator("student", "init", seed).initial_seed(),
     )
     if folder.finished() is None:
-        logits = None
-        if labels is not None:
-            logits = load_file(labels.folder.path / LABELS)["logits"]
-        _train(run, distilled, student, seed, folder, model.to(run.device), logits)
+        store = None if labels is None else label_store(distilled, student, labels)
+        _train(run, distilled, student, seed, folder, model.to(run.device), store)
         save_weights(model, folder.path / STUDENT)
         folder.finish(run.device, (STUDENT,))
     load_weights(model, folder.path / STUDENT)
@@ -137,10 +171,11 @@ def _train(
     seed: int,
     folder: StageFolder,
     model: Classifier,
-    logits: Tensor | None,
+    store: LabelStore | None,
 ) -> None:
     optimizer = _optimizer(model, student)
-    images = distilled.images.to(run.device)
+    images = placed(distilled.images, run.device)
+    digests = None if store is None else store.digests()
     loss_of = _loss(distilled, student, run.device)
     state = folder.begin(run.device)
     first = 0
@@ -153,14 +188,15 @@ def _train(
             optimizer.param_groups[0]["lr"] = student.lr_at(epoch)
             model.train()
             value, begun = 0.0, 0
-            views = _views(run, student, distilled, epoch, None if logits is not None else seed)
+            views = _views(run, student, distilled, epoch, None if store is not None else seed)
+            logits = None if store is None or digests is None else store.read(epoch, digests[epoch])
             for view in views:
                 count = len(view.indices)
-                rows = None if logits is None else logits[epoch, begun : begun + count]
+                rows = None if logits is None else logits[begun : begun + count]
                 begun += count
                 optimizer.zero_grad(set_to_none=True)
                 with run.accelerator.autocast():
-                    out = model(view.render(images))
+                    out = model(view.render(images, run.device))
                 loss = loss_of(out.float(), view, rows)
                 loss.backward()  # type: ignore[no-untyped-call]
                 value = check_finite(

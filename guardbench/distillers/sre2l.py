@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +35,7 @@ from guardbench.models import Classifier, batch_norms
 from guardbench.protocol import CropScale
 from guardbench.records import LabelKind, Strict
 from guardbench.runtime import StageFolder, check_finite
+from guardbench.store import write_bytes
 
 CLASSES_A_GROUP = 100  # of the original's recover batches
 
@@ -130,24 +133,26 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
         return load_distilled(artifact)
     groups = _groups(len(task.classes), task.ipc, params)
     chunks = _chunks(groups, params.images_a_batch)
-    done: list[Tensor] = []
     state = folder.begin(run.device)
-    if state is not None:
-        done = list(state["done"])
+    parts = [folder.path / f"recovered-{number:05d}.safetensors" for number in range(len(chunks))]
+    # A chunk that is done lies in a file of its own: neither memory nor a checkpoint holds them all.
+    left = [number for number, part in enumerate(parts) if not part.is_file()]
+    if state is not None and state.get("chunk") not in left[:1]:
+        state = None  # of a chunk that is done
     total = params.iterations * len(chunks)
-    started = len(done) * params.iterations + (int(state["step"]) if state else 0)
+    started = total - len(left) * params.iterations + (int(state["step"]) if state else 0)
     with run.progress.stage("recover", total, "steps", started) as bar:
-        for number, chunk in enumerate(chunks[len(done) :], start=len(done)):
-            images = _Recovery(task, teacher, params, chunk, number).optimise(
-                folder, bar.advance, done, state
+        for number in left:
+            images = _Recovery(task, teacher, params, chunks[number], number).optimise(
+                folder, bar.advance, state
             )
-            done, state = [*done, images], None
-    images = torch.cat(done)
+            write_bytes(parts[number], save({"images": images}))
+            state = None
     labels = torch.tensor([label for group in groups for label in group.labels])
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
     distilled = save_distilled(
         artifact,
-        images=images[order],
+        images=_gathered(parts, order),
         hard=labels[order],
         teacher=teacher,
         teacher_arch=read_params(task, Params).squeeze.arch,
@@ -158,7 +163,24 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
         provenance={"stage": folder.key, "seed": run.seed, "precision": run.precision},
     )
     folder.finish(run.device, (f"distilled/{MANIFEST}",))
+    for part in parts:
+        part.unlink()
     return distilled
+
+
+def _gathered(parts: list[Path], order: Tensor) -> Tensor:
+    """The images of all parts, [N, C, H, W], where image i is the `order[i]`th of those in the parts."""
+    place = torch.argsort(order)
+    images: Tensor | None = None
+    first = 0
+    for part in parts:
+        found = load_file(part)["images"]
+        if images is None:
+            images = found.new_empty((len(order), *found.shape[1:]))
+        images[place[first : first + len(found)]] = found
+        first += len(found)
+    assert images is not None, "a recipe has at least one group"
+    return images
 
 
 class _Group:
@@ -214,12 +236,11 @@ class _Recovery:
         self,
         folder: StageFolder,
         advance: Callable[[int, str], None],
-        done: list[Tensor],
         state: dict[str, Any] | None,
     ) -> Tensor:
         """Runs the steps that are left; returns images [n, C, H, W] in [0, 1] on the CPU."""
         first = 0
-        if state is not None and "images" in state:
+        if state is not None:
             first = int(state["step"])
             self.images.data.copy_(state["images"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -231,7 +252,7 @@ class _Recovery:
             if folder.due() and step + 1 < self.params.iterations:
                 folder.checkpoint(
                     {
-                        "done": done,
+                        "chunk": self.number,
                         "step": step + 1,
                         "images": self.images.detach(),
                         "optimizer": self.optimizer.state_dict(),
