@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from guardbench import canonical
-from guardbench.data.decode import PREPROCESSING, Digest, decoded
+from guardbench.data.decode import PREPROCESSING, Block, Digest, decoded
 from guardbench.data.files import cache_writes, locked, remove_stale_parts, require_space
 from guardbench.data.pixels import PixelFile
-from guardbench.data.source import Item, Shard, Source
+from guardbench.data.source import Shard, Source
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
 from guardbench.store import read_text, write_text
@@ -32,7 +32,6 @@ from guardbench.store import read_text, write_text
 _FORMAT = 1
 _META_LIMIT = 1 << 30
 _HEADER_BYTES = 128
-_SHOW_EVERY = 64
 _JOURNAL_EVERY_S = 5.0
 _READ_BYTES = 8 << 20
 
@@ -53,12 +52,12 @@ class Entry:
 def in_memory(source: Source, resolution: int) -> Entry:
     """An entry that is too small to be worth a file."""
     ids, labels, rows, sha = [], [], [], Digest()
-    for _, item, pixels in decoded(source.open(), resolution, source.channels):
-        ids.append(item.id)
-        labels.append(item.label)
-        rows.append(pixels)
-        sha.add(pixels)
-    images = np.stack(rows)
+    for block in decoded(source.open(), resolution, source.channels):
+        ids += [item.id for item in block.items]
+        labels += [item.label for item in block.items]
+        rows.append(block.pixels)
+        sha.add(block.pixels)
+    images = np.concatenate(rows)
     images.flags.writeable = False
     found = sha.end(source.classes, ids, labels, images.shape)
     return Entry(images, tuple(labels), tuple(ids), source.classes, found)
@@ -127,6 +126,7 @@ class _Build:
         self.journal = place.with_name(f".{place.name}.journal")
         self.shape = (source.channels, resolution, resolution)
         self.size = int(np.prod(self.shape))
+        self.made_by = canonical.digest([_FORMAT, PREPROCESSING, source.classes])
         self.shards = source.open()
         self.ids: list[str] = []
         self.labels: list[int] = []
@@ -154,17 +154,12 @@ class _Build:
                 stream.seek(0, os.SEEK_END)
                 with (
                     progress.stage(f"decode {what}", total, "images", len(self.ids)) as stage,
-                    contextlib.closing(self._decode(left, stream)) as images,
+                    contextlib.closing(self._decode(left, stream)) as blocks,
                 ):
-                    waiting = 0
-                    for item, pixels in images:
-                        self._append(stream, item, pixels)
-                        waiting += 1
-                        if waiting == _SHOW_EVERY:
-                            stage.advance(waiting)
-                            waiting = 0
-                    stage.total = stage.done + waiting
-                    stage.advance(waiting)
+                    for block in blocks:
+                        self._append(stream, block)
+                        stage.advance(len(block.items))
+                    stage.total = stage.done
                 self._end(stream, progress, what)
             self.journal.unlink(missing_ok=True)
         finally:
@@ -198,7 +193,7 @@ class _Build:
             self._save(kept)
 
     def _name(self, shard: Shard) -> str:
-        return canonical.digest([_FORMAT, PREPROCESSING, self.source.classes, shard.fingerprint])
+        return canonical.digest([self.made_by, shard.fingerprint])
 
     def _digest_of(self, stream: BinaryIO, progress: Progress, what: str) -> None:
         """Takes the rows that are there, in the file's order or in that of class and id, into the digest."""
@@ -223,25 +218,24 @@ class _Build:
         """The rows by class and id."""
         return sorted(range(len(self.ids)), key=lambda row: (self.labels[row], self.ids[row]))
 
-    def _decode(
-        self, left: Sequence[Shard], stream: BinaryIO
-    ) -> Generator[tuple[Item, npt.NDArray[np.uint8]]]:
+    def _decode(self, left: Sequence[Shard], stream: BinaryIO) -> Generator[Block]:
         """The images of the shards that are left; a shard goes to the journal when its last is behind."""
         current, first, saved, seen = 0, len(self.ids), time.monotonic(), set(self.ids)
         try:
-            for number, item, pixels in decoded(left, self.resolution, self.source.channels):
-                while current < number:
+            for block in decoded(left, self.resolution, self.source.channels):
+                while current < block.shard:
                     first = self._close(left[current], first)
                     current += 1
                 if time.monotonic() - saved > _JOURNAL_EVERY_S:
                     self._flush(stream)
                     saved = time.monotonic()
-                if item.id in seen:
-                    raise GuardbenchError(
-                        f"{self.source.where}: two images are called {item.id}; remove or rename one."
-                    )
-                seen.add(item.id)
-                yield item, pixels
+                for item in block.items:
+                    if item.id in seen:
+                        raise GuardbenchError(
+                            f"{self.source.where}: two images are called {item.id}; remove or rename one."
+                        )
+                    seen.add(item.id)
+                yield block
             while current < len(left):
                 first = self._close(left[current], first)
                 current += 1
@@ -267,13 +261,13 @@ class _Build:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _append(self, stream: BinaryIO, item: Item, pixels: npt.NDArray[np.uint8]) -> None:
+    def _append(self, stream: BinaryIO, block: Block) -> None:
         # Plain writes, not a writable memory map: a full disk is then an error and no signal.
-        stream.write(pixels.data)
-        self.ids.append(item.id)
-        self.labels.append(item.label)
+        stream.write(block.pixels.data)
+        self.ids += [item.id for item in block.items]
+        self.labels += [item.label for item in block.items]
         if not self.source.shuffled:
-            self.sha.add(pixels)
+            self.sha.add(block.pixels)
 
     def _end(self, stream: BinaryIO, progress: Progress, what: str) -> None:
         """Writes the header and the index, and gives the file its name."""

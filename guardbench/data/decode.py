@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,17 @@ from guardbench.data.source import Item, Shard
 from guardbench.errors import GuardbenchError
 
 PREPROCESSING = "short-side-centre-v1"
-_AHEAD_BYTES = 64 << 20
+_BLOCK_BYTES = 4 << 20
+_MOST_A_BLOCK = 16
 _MOST_THREADS = 16
+
+
+class Block(NamedTuple):
+    """Neighbours of one shard: its number, the items, and their pixels, uint8 [n, C, R, R]."""
+
+    shard: int
+    items: list[Item]
+    pixels: npt.NDArray[np.uint8]
 
 
 def short_side_centre(image: Image.Image, resolution: int, channels: int) -> npt.NDArray[np.uint8]:
@@ -39,13 +49,11 @@ def short_side_centre(image: Image.Image, resolution: int, channels: int) -> npt
     left, top = round((width - resolution) / 2), round((height - resolution) / 2)
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = np.asarray(image, dtype=np.uint8).reshape(resolution, resolution, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels.transpose(2, 0, 1)
 
 
-def decoded(
-    shards: Sequence[Shard], resolution: int, channels: int
-) -> Iterator[tuple[int, Item, npt.NDArray[np.uint8]]]:
-    """All images of `shards` in their order: the shard's number, the item and its uint8 [C, R, R].
+def decoded(shards: Sequence[Shard], resolution: int, channels: int) -> Iterator[Block]:
+    """All images of `shards` in their order, some at a time.
 
     Threads decode ahead of what is taken (Pillow frees the interpreter), within a bound of memory.
 
@@ -53,36 +61,54 @@ def decoded(
         GuardbenchError: an image is missing or broken; the line names it.
     """
     workers = min(_MOST_THREADS, _cores())
-    ahead = _AHEAD_BYTES // (channels * resolution * resolution)
-    ahead = min(max(ahead, 2 * workers), 32 * workers)
+    size = min(_MOST_A_BLOCK, max(1, _BLOCK_BYTES // (channels * resolution * resolution)))
 
-    def work(item: Item) -> npt.NDArray[np.uint8]:
-        return short_side_centre(item.decode(), resolution, channels)
+    def work(items: list[Item]) -> npt.NDArray[np.uint8]:
+        block = np.empty((len(items), channels, resolution, resolution), dtype=np.uint8)
+        for row, item in zip(block, items, strict=True):
+            row[...] = short_side_centre(item.decode(), resolution, channels)
+        return block
 
-    coming = ((number, item) for number, shard in enumerate(shards) for item in shard.items())
+    coming = _grouped(shards, size)
     failure: GuardbenchError | None = None
-    pending: deque[tuple[int, Item, Future[npt.NDArray[np.uint8]]]] = deque()
+    pending: deque[tuple[int, list[Item], Future[npt.NDArray[np.uint8]]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
             while True:
-                while failure is None and len(pending) <= ahead:
-                    try:
-                        found = next(coming, None)
-                    except GuardbenchError as error:
-                        failure = error  # told in its turn, when what was read before it is done
+                while failure is None and len(pending) <= 2 * workers:
+                    number, items, failure = next(coming, (0, [], None))
+                    if not items:
                         break
-                    if found is None:
-                        break
-                    pending.append((*found, pool.submit(work, found[1])))
+                    pending.append((number, items, pool.submit(work, items)))
                 if not pending:
                     break
-                number, item, future = pending.popleft()
-                yield number, item, future.result()
+                number, items, future = pending.popleft()
+                yield Block(number, items, future.result())
         finally:
             for *_, future in pending:
                 future.cancel()
     if failure is not None:
-        raise failure
+        raise failure  # when all that was read before it is done
+
+
+def _grouped(
+    shards: Sequence[Shard], size: int
+) -> Iterator[tuple[int, list[Item], GuardbenchError | None]]:
+    """The items of each shard by `size`, and what stopped the reading."""
+    items: list[Item] = []
+    for number, shard in enumerate(shards):
+        try:
+            for item in shard.items():
+                items.append(item)
+                if len(items) == size:
+                    yield number, items, None
+                    items = []
+        except GuardbenchError as error:
+            yield number, items, error
+            return
+        if items:
+            yield number, items, None
+            items = []
 
 
 def _cores() -> int:

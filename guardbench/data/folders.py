@@ -9,6 +9,8 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from PIL import Image
+
 from guardbench.canonical import digest
 from guardbench.data.catalog import DatasetInfo, Split
 from guardbench.data.locate import WORDNET_ID
@@ -58,9 +60,13 @@ def _shard(folder: Path, files: list[_File]) -> Shard:
 
     def items() -> Iterator[Item]:
         for name, label, *_ in files:
-            yield Item(name, label, partial(read_image, folder / name))
+            yield Item(name, label, partial(_read, folder, name))
 
     return Shard(digest(files), items, len(files))
+
+
+def _read(folder: Path, name: str) -> Image.Image:
+    return read_image(folder / name)  # the path is made in the thread that decodes
 
 
 def _split_folder(info: DatasetInfo, root: Path, split: Split) -> Path:
