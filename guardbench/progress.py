@@ -33,7 +33,10 @@ def clock(seconds: float) -> str:
 
 
 class Stage:
-    """The progress of one stage; `advance` it as units are done, `note` what is worth seeing."""
+    """The progress of one stage; `advance` it as units are done, `note` what is worth seeing.
+
+    `total` may be set again where it was only expected.
+    """
 
     def __init__(self, name: str, total: int, unit: str, done: int) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
@@ -89,7 +92,8 @@ class _BarStage(Stage):
         self._task = bar.add_task(name, total=total, completed=done, unit=unit, message="")
 
     def _show(self) -> None:
-        self._bar.update(self._task, completed=self.done + self._within, message=self.message)
+        done = self.done + self._within
+        self._bar.update(self._task, completed=done, total=self.total, message=self.message)
 
 
 class Progress:

@@ -89,6 +89,8 @@ class Student(Strict):
         crop_scale: smallest and largest share of the area that a view keeps.
         flip: views are mirrored with probability 1/2 (off where mirroring changes the class).
         cutmix: alpha of CutMix's Beta distribution; 0 turns it off.
+        label_top_k: how many of a teacher's logits on a view a student is given, the others sharing
+            what probability is left equally (FKD, Shen & Xing, ECCV 2022); all when absent.
     """
 
     arch: Name
@@ -104,11 +106,12 @@ class Student(Strict):
     crop_scale: CropScale
     flip: bool
     cutmix: float = Field(ge=0)
+    label_top_k: int | None = Field(default=None, gt=0)
 
     def words(self) -> dict[str, Any]:
         """What shapes a student, for digests; a field younger than a protocol counts only if set."""
         words = self.model_dump(mode="json")
-        for name in ("optimizer", "momentum", "schedule"):
+        for name in ("optimizer", "momentum", "schedule", "label_top_k"):
             if words[name] == type(self).model_fields[name].default:
                 del words[name]
         return words

@@ -1,8 +1,9 @@
 """Students: trained on a distilled dataset as the protocol says, whoever made the dataset.
 
 With a teacher (SRe2L's relabel, section 3.3, after FKD) the student matches the teacher's logits on
-exactly the view that it sees. The labels are made once, stored as float16 an epoch, and shared by all
-students of the protocol. Hard and soft labels are mixed as CutMix mixes the pixels.
+exactly the view that it sees. The labels are made once, stored an epoch at a time
+(`guardbench.labels`), and shared by all students of the protocol. Hard and soft labels are mixed as CutMix
+mixes the pixels.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
+from guardbench.labels import INDEX, LabelStore
 from guardbench.models import Classifier, build_model, load_trained, save_weights
 from guardbench.protocol import Student
+from guardbench.report import byte_size
 from guardbench.runtime import Run, StageFolder, check_finite
-from guardbench.store import write_bytes
 from guardbench.views import View, epoch_views
 
-LABELS = "labels.safetensors"
 STUDENT = "student.safetensors"
 
 
@@ -36,9 +36,12 @@ def plan_relabel(
         "stage": "relabel",
         "artifact": artifact,
         "views": student.model_dump(mode="json", include=_SHAPES_VIEWS),
+        "store": "a file an epoch",
         "seed": run.seed,
         "precision": run.precision,
     }
+    if student.label_top_k is not None:
+        words |= {"top_k": student.label_top_k, "temperature": student.temperature}
     folder = run.stage(name, "labels", words)
     # A forward pass is about a third of a forward and a backward.
     return PlannedStage(folder, f"{student.epochs} epochs", student.epochs * images / 3)
@@ -65,34 +68,69 @@ def plan_student(
 _SHAPES_VIEWS = {"epochs", "batch_size", "crop_scale", "flip", "cutmix"}
 
 
+def label_store(distilled: DistilledDataset, student: Student, stage: PlannedStage) -> LabelStore:
+    """Where a relabel stage keeps its labels."""
+    classes = len(distilled.manifest.classes)
+    return LabelStore(stage.folder.path, classes, student.label_top_k, student.temperature)
+
+
 def relabel(run: Run, distilled: DistilledDataset, student: Student, stage: PlannedStage) -> None:
-    """Stores the teacher's logits on every view as float16 [epochs, N, K], in the views' order."""
+    """Stores the teacher's logits on every view of every epoch; goes on at the epochs that are not there.
+
+    Raises:
+        GuardbenchError: there is no room for them.
+    """
     folder, teacher = stage.folder, distilled.teacher
     if folder.finished() is not None:
         return
     assert teacher is not None, "only a teacher labels views"
     teacher.to(run.device).eval()
-    images = distilled.images.to(run.device)
-    state = folder.begin(run.device)
-    stored = torch.zeros(
-        student.epochs, len(images), len(distilled.manifest.classes), dtype=torch.float16
-    )
-    first = 0
-    if state is not None:
-        first = int(state["epoch"])
-        stored[:first] = state["labels"]
-    with run.progress.stage(folder.name, student.epochs, "epochs", first) as bar:
-        for epoch in range(first, student.epochs):
-            rows = []
-            for view in _views(run, student, distilled, epoch):
-                with torch.no_grad(), run.accelerator.autocast():
-                    rows.append(teacher(view.render(images)).half().cpu())
-            stored[epoch] = torch.cat(rows)
-            bar.advance()
-            if folder.due() and epoch + 1 < student.epochs:
-                folder.checkpoint({"epoch": epoch + 1, "labels": stored[: epoch + 1].clone()})
-    run.processes.from_main(lambda: write_bytes(folder.path / LABELS, save({"logits": stored})))
-    folder.finish(run.device, (LABELS,))
+    images = placed(distilled.images, run.device)
+    folder.begin(run.device)
+    store, processes = label_store(distilled, student, stage), run.processes
+    left = processes.from_main(lambda: store.left(student.epochs, len(images)))
+    begun = student.epochs - len(left)
+    with run.progress.stage(folder.name, student.epochs, "epochs", begun) as bar:
+        for epochs in processes.rounds(left):
+            mine = epochs[processes.rank : processes.rank + 1]
+            rows = [label_epoch(run, distilled, student, images, epoch) for epoch in mine]
+            found = [row for part in processes.collect(rows) for row in part]
+            if processes.main:
+                for epoch, logits in zip(epochs, found, strict=True):
+                    store.write(epoch, logits)
+            bar.advance(len(epochs))
+            if folder.due() and epochs[-1] != left[-1]:
+                folder.checkpoint({})  # the seconds so far; the labels are where they belong
+        size = processes.from_main(lambda: store.seal(student.epochs))
+        bar.advance(0, f"{byte_size(size)} of labels")
+    folder.finish(run.device, (INDEX,), label_bytes=size)
+
+
+def label_epoch(
+    run: Run, distilled: DistilledDataset, student: Student, images: Tensor, epoch: int
+) -> Tensor:
+    """The teacher's logits, float16 [N, K] on the CPU, on the views of one epoch in their order.
+
+    Args:
+        images: the set's, `placed`.
+    """
+    teacher = distilled.teacher
+    assert teacher is not None, "only a teacher labels views"
+    rows = []
+    for view in _views(run, student, distilled, epoch):
+        with torch.no_grad(), run.accelerator.autocast():
+            rows.append(teacher(view.render(images, run.device)).half().cpu())
+    return torch.cat(rows)
+
+
+def placed(images: Tensor, device: torch.device) -> Tensor:
+    """The images on `device`, or where they are when they would take over a quarter of its free memory.
+
+    `View.render` takes them from either; fifty of each of ImageNet's classes are 30 GB.
+    """
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+        return images
+    return images.to(device)
 
 
 def train_students(
@@ -117,20 +155,16 @@ def train_students(
     models = {seed: _fresh(run, distilled, student, seed) for seed in stages}
     left = {seed: stage for seed, stage in stages.items() if stage.folder.finished() is None}
     if left:
-        logits = None
-        if labels is not None:
-            logits = run.processes.from_main(
-                lambda: load_file(labels.folder.path / LABELS)["logits"]
-            )
+        store = None if labels is None else label_store(distilled, student, labels)
         folders = [stage.folder for stage in left.values()]
         states = [folder.begin(run.device) for folder in folders]
         mine = dict(enumerate(left)).get(run.processes.rank)
         own = None
         if mine is not None:
             model = models[mine].to(run.device)
-            own = _Training(run, distilled, student, mine, left[mine].folder.name, model, logits)
+            own = _Training(run, distilled, student, mine, left[mine].folder.name, model)
             own.resume(states[run.processes.rank])
-        _train_side_by_side(run, student, folders, own)
+        _train_side_by_side(run, student, folders, own, store)
         trained = run.processes.collect(None if own is None else own.weights())
         for (seed, stage), weights in zip(left.items(), trained, strict=False):
             models[seed].load_state_dict(weights or {})
@@ -155,15 +189,23 @@ def _fresh(run: Run, distilled: DistilledDataset, student: Student, seed: int) -
 
 
 def _train_side_by_side(
-    run: Run, student: Student, folders: Sequence[StageFolder], own: _Training | None
+    run: Run,
+    student: Student,
+    folders: Sequence[StageFolder],
+    own: _Training | None,
+    store: LabelStore | None,
 ) -> None:
     """Runs all epochs of the students of `folders`, of which this process trains its `own`, if any."""
     name = ", ".join(folder.name for folder in folders)
     begun = run.processes.collect(student.epochs if own is None else own.epoch)
+    digests = None if store is None else run.processes.from_main(store.digests)
     with run.progress.stage(name, student.epochs, "epochs", min(begun)) as bar:
         for epoch in range(min(begun), student.epochs):
+            logits = None
+            if store is not None and digests is not None:
+                logits = run.processes.from_main(partial(store.read, epoch, digests[epoch]))
             if own is not None and own.epoch == epoch:
-                own.run_epoch()
+                own.run_epoch(logits)
             if own is not None:
                 run.log(epoch + 1, **{f"{folders[0].name.replace(' ', '_')}_loss": own.loss})
             bar.advance(1, "" if own is None else f"loss {own.loss:.4f}")
@@ -184,13 +226,11 @@ class _Training:
         seed: int,
         name: str,
         model: Classifier,
-        logits: Tensor | None,
     ) -> None:
         self.run, self.distilled, self.student = run, distilled, student
-        self.name, self.model, self.logits = name, model, logits
-        self.own_views = None if logits is not None else seed
+        self.seed, self.name, self.model = seed, name, model
         self.optimizer = _optimizer(model, student)
-        self.images = distilled.images.to(run.device)
+        self.images = placed(distilled.images, run.device)
         self.loss_of = _loss(distilled, student, run.device)
         self.epoch, self.loss = 0, 0.0
 
@@ -213,19 +253,20 @@ class _Training:
         """Of the student."""
         return self.model.state_dict()
 
-    def run_epoch(self) -> None:
-        """One epoch, in the views' order."""
+    def run_epoch(self, logits: Tensor | None) -> None:
+        """One epoch, in the views' order, with a teacher's logits [N, K] on the views, if one labels."""
         run, epoch = self.run, self.epoch
         self.optimizer.param_groups[0]["lr"] = self.student.lr_at(epoch)
         self.model.train()
         begun = 0
-        for view in _views(run, self.student, self.distilled, epoch, self.own_views):
+        own_views = self.seed if logits is None else None
+        for view in _views(run, self.student, self.distilled, epoch, own_views):
             count = len(view.indices)
-            rows = None if self.logits is None else self.logits[epoch, begun : begun + count]
+            rows = None if logits is None else logits[begun : begun + count]
             begun += count
             self.optimizer.zero_grad(set_to_none=True)
             with run.accelerator.autocast():
-                out = self.model(view.render(self.images))
+                out = self.model(view.render(self.images, run.device))
             loss = self.loss_of(out.float(), view, rows)
             loss.backward()  # type: ignore[no-untyped-call]
             self.loss = check_finite(

@@ -40,9 +40,13 @@ class View:
     flips: Tensor
     mix: tuple[Tensor, CutBox] | None
 
-    def render(self, images: Tensor) -> Tensor:
-        """The view [b, C, R, R] of the distilled set's images [N, C, R, R], both in [0, 1]."""
-        picked = images[self.indices.to(images.device)]
+    def render(self, images: Tensor, device: torch.device | None = None) -> Tensor:
+        """The view [b, C, R, R] of the distilled set's images [N, C, R, R], both in [0, 1].
+
+        Args:
+            device: where the view is made; where the images are if not given.
+        """
+        picked = images[self.indices.to(images.device)].to(device or images.device)
         views = apply_crops(picked, self.boxes, self.flips, images.shape[-1])
         return views if self.mix is None else apply_cutmix(views, *self.mix)
 

@@ -96,7 +96,8 @@ Precision = Annotated[
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        help="Where <dataset>/{train,val}/<class>/ lies; GUARDBENCH_DATA says the same.",
+        help="Where <dataset>/{train,val}/<class>/, or its parquet shards or tars, lie, or "
+        "hf://datasets/OWNER/NAME; GUARDBENCH_DATA says the same.",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Real images: what each dataset is, where it lies, and its decoded, memory-mapped pixels.
+"""Real images: what each dataset is, where it lies, and its decoded pixels.
 
 Nothing is imported here, so that the catalogue can be read without waiting for torch.
 """

@@ -1,139 +1,74 @@
-"""Decoded images, built once: one memory-mapped uint8 array and one JSON a split and resolution.
+"""Decoded images, built once: one file of uint8 rows and one JSON a split and resolution.
 
-An entry is finished when its JSON is there, which is written last; both appear by renaming.
+Rows are appended in the order in which a source has its images, so that nothing is held in memory; what
+a builder has finished of its shards stands in a journal, and a killed build goes on behind it. An entry
+is finished when its JSON is there, which is written last; it and the rows appear by renaming.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import io
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from guardbench import canonical
+from guardbench.data.decode import PREPROCESSING, Block, Digest, decoded
 from guardbench.data.files import cache_writes, locked, remove_stale_parts, require_space
-from guardbench.data.source import Listing, Source
+from guardbench.data.pixels import PixelFile
+from guardbench.data.source import Shard, Source
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
-from guardbench.store import atomic_path, read_text, write_text
+from guardbench.store import read_text, write_text
 
-PREPROCESSING = "short-side-centre-v1"
 _FORMAT = 1
 _META_LIMIT = 1 << 30
-_SHOW_EVERY = 64
+_HEADER_BYTES = 128
+_JOURNAL_EVERY_S = 5.0
+_READ_BYTES = 8 << 20
+
+Pixels = npt.NDArray[np.uint8] | PixelFile
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
     """One split at one resolution: `images` is uint8 [N, C, R, R] and read-only."""
 
-    images: npt.NDArray[np.uint8]
+    images: Pixels
     labels: tuple[int, ...]
     ids: tuple[str, ...]
     classes: tuple[str, ...]
     digest: str
 
 
-def short_side_centre(image: Image.Image, resolution: int, channels: int) -> npt.NDArray[np.uint8]:
-    """The preprocessing `short-side-centre-v1`: uint8 [C, R, R] of one decoded image.
-
-    RGB (or grey, for one channel); the shorter side is resized to R by Pillow's bilinear filter,
-    which is antialiased; the centre R x R is kept. The same numbers as torchvision's Resize(R) and
-    CenterCrop(R) on a PIL image.
-    """
-    image = image.convert("RGB" if channels == 3 else "L")
-    width, height = image.size
-    short = min(width, height)
-    if short != resolution:
-        width, height = (int(resolution * side / short) for side in (width, height))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = np.asarray(image, dtype=np.uint8).reshape(resolution, resolution, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def render(
-    source: Source, listing: Listing, resolution: int, sink: BinaryIO, progress: Progress, what: str
-) -> str:
-    """Writes all images of `listing` to `sink` as one uint8 array in order; gives the digest.
-
-    The digest is a SHA-256 over the preprocessing's version, the classes, ids, labels and pixels.
-
-    Raises:
-        GuardbenchError: an image is missing or broken; the line names it.
-    """
-
-    def one(index: int) -> bytes:
-        return short_side_centre(listing.read(index), resolution, source.channels).tobytes()
-
-    count, waiting = len(listing.ids), 0
-    sha = hashlib.sha256()
-    with progress.stage(f"decode {what}", count, "images") as stage:
-        for pixels in _in_order(one, count):
-            # Plain writes, not a writable memory map: a full disk is then an error and no signal.
-            sink.write(pixels)
-            sha.update(pixels)
-            waiting += 1
-            if waiting == _SHOW_EVERY:
-                stage.advance(waiting)
-                waiting = 0
-        if waiting:
-            stage.advance(waiting)
-    return canonical.digest(
-        {
-            "preprocessing": PREPROCESSING,
-            "classes": source.classes,
-            "ids": listing.ids,
-            "labels": listing.labels,
-            "shape": (count, source.channels, resolution, resolution),
-            "pixels": sha.hexdigest(),
-        }
-    )
-
-
-def _in_order(work: Callable[[int], bytes], count: int) -> Iterator[bytes]:
-    """`work(0)` to `work(count - 1)` in order, from threads (Pillow frees the interpreter)."""
-    workers = min(16, os.cpu_count() or 1)
-    pending: deque[Future[bytes]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        try:
-            for index in range(count):
-                pending.append(pool.submit(work, index))
-                if len(pending) > 4 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def in_memory(source: Source, resolution: int, progress: Progress, what: str) -> Entry:
+def in_memory(source: Source, resolution: int) -> Entry:
     """An entry that is too small to be worth a file."""
-    listing = source.open()
-    sink = io.BytesIO()
-    found = render(source, listing, resolution, sink, progress, what)
-    shape = (len(listing.ids), source.channels, resolution, resolution)
-    images = np.frombuffer(sink.getvalue(), dtype=np.uint8).reshape(shape)
-    return Entry(images, listing.labels, listing.ids, source.classes, found)
+    ids, labels, rows, sha = [], [], [], Digest()
+    for block in decoded(source.open(), resolution, source.channels):
+        ids += [item.id for item in block.items]
+        labels += [item.label for item in block.items]
+        rows.append(block.pixels)
+        sha.add(block.pixels)
+    images = np.concatenate(rows)
+    images.flags.writeable = False
+    found = sha.end(source.classes, ids, labels, images.shape)
+    return Entry(images, tuple(labels), tuple(ids), source.classes, found)
 
 
 def cached(source: Source, resolution: int, root: Path, name: str, progress: Progress) -> Entry:
     """The entry of `source` at `resolution` below `root`, built first if need be.
 
-    One process builds and others wait. What a killed builder left is removed; an entry that was
-    truncated or does not hold together is built again; changed data have another key.
+    One process builds and others wait. A build that was killed, or stopped at a broken image, goes on
+    behind its last whole shard; an entry that was truncated or does not hold together is built again;
+    changed data have another key, and keep the shards before the first that changed.
 
     Args:
         source: what to decode.
@@ -146,18 +81,22 @@ def cached(source: Source, resolution: int, root: Path, name: str, progress: Pro
         GuardbenchError: a broken image, a folder that cannot be written, or a full disk.
     """
     target = _target(source, resolution, root, name)
-    what = f"{name} at {resolution} px"
     entry = _read(target, source, resolution)
     if entry is not None:
         return entry
-    with locked(target, progress, what) as held:
+    what = f"{name} at {resolution} px"
+    place = target.with_name(f"{name}-{resolution}px")
+    with locked(place, progress, what) as held:
+        entry = _read(target, source, resolution)
+        if entry is not None:
+            return entry
         if held:
-            entry = _read(target, source, resolution)
-            if entry is not None:
-                return entry
-            remove_stale_parts(target)
             remove_stale_parts(_meta_path(target))
-        _build(target, source, resolution, progress, what)
+        else:  # two may build, so each has files of its own
+            place = place.with_name(f"{place.name}-{os.getpid()}")
+        with cache_writes(target):
+            _meta_path(target).unlink(missing_ok=True)
+            _Build(target, place, source, resolution).run(progress, what, kept=held)
     entry = _read(target, source, resolution)
     if entry is None:
         raise GuardbenchError(f"{target}: the cache changed while it was built; run again.")
@@ -178,28 +117,196 @@ def _meta_path(target: Path) -> Path:
     return target.with_suffix(".json")
 
 
-def _build(target: Path, source: Source, resolution: int, progress: Progress, what: str) -> None:
-    listing = source.open()
-    shape = (len(listing.ids), source.channels, resolution, resolution)
-    require_space(target, int(np.prod(shape)))
-    with cache_writes(target):
-        _meta_path(target).unlink(missing_ok=True)
-        with atomic_path(target) as part, cache_writes(target), part.open("wb") as stream:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
-            found = render(source, listing, resolution, stream, progress, what)
+class _Build:
+    """One build of an entry: rows in a `.part` file, and a line of the journal for each whole shard."""
+
+    def __init__(self, target: Path, place: Path, source: Source, resolution: int) -> None:
+        self.target, self.source, self.resolution = target, source, resolution
+        self.part = place.with_name(f".{place.name}.part")
+        self.journal = place.with_name(f".{place.name}.journal")
+        self.shape = (source.channels, resolution, resolution)
+        self.size = int(np.prod(self.shape))
+        self.made_by = canonical.digest([_FORMAT, PREPROCESSING, source.classes])
+        self.shards = source.open()
+        self.ids: list[str] = []
+        self.labels: list[int] = []
+        self.unsaved: list[str] = []
+        self.finished = 0  # shards
+        self.sha = Digest()
+
+    def run(self, progress: Progress, what: str, *, kept: bool) -> None:
+        """Builds the entry.
+
+        Args:
+            kept: whether the part and its journal stay where the build does not come to its end.
+        """
+        try:
+            self._resume()
+            left = self.shards[self.finished :]
+            known = sum(shard.count or 0 for shard in left)
+            whole = all(shard.count is not None for shard in left)
+            total = len(self.ids) + known if whole else self.source.expected
+            require_space(self.target, known * self.size)
+            with self.part.open("r+b" if self.part.exists() else "w+b") as stream:
+                stream.truncate(_HEADER_BYTES + len(self.ids) * self.size)
+                if not self.source.shuffled:
+                    self._digest_of(stream, progress, what)
+                stream.seek(0, os.SEEK_END)
+                with (
+                    progress.stage(f"decode {what}", total, "images", len(self.ids)) as stage,
+                    contextlib.closing(self._decode(left, stream)) as blocks,
+                ):
+                    for block in blocks:
+                        self._append(stream, block)
+                        stage.advance(len(block.items))
+                    stage.total = stage.done
+                self._end(stream, progress, what)
+            self.journal.unlink(missing_ok=True)
+        finally:
+            if not (kept and self.journal.exists()):
+                self.part.unlink(missing_ok=True)
+                self.journal.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        """Takes over the first shards as far as an earlier build finished them and none has changed."""
+        room = self.part.stat().st_size - _HEADER_BYTES if self.part.is_file() else 0
+        lines = []
+        with contextlib.suppress(FileNotFoundError):
+            lines = self.journal.read_text(encoding="utf-8").splitlines()
+        kept = []
+        for shard, line in zip(self.shards, lines, strict=False):
+            try:
+                words = json.loads(line)
+                ids, labels = words["ids"], words["labels"]
+            except (ValueError, KeyError, TypeError):  # the kill came while it was written
+                break
+            if words["shard"] != self._name(shard) or len(ids) * self.size > room:
+                break
+            room -= len(ids) * self.size
+            self.ids += ids
+            self.labels += labels
+            kept.append(line + "\n")
+        self.finished = len(kept)
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        self.journal.unlink(missing_ok=True)
+        if kept:
+            self._save(kept)
+
+    def _name(self, shard: Shard) -> str:
+        return canonical.digest([self.made_by, shard.fingerprint])
+
+    def _digest_of(self, stream: BinaryIO, progress: Progress, what: str) -> None:
+        """Takes the rows that are there, in the file's order or in that of class and id, into the digest."""
+        count = len(self.ids)
+        rows = PixelFile(
+            self.part,
+            offset=_HEADER_BYTES,
+            shape=(count, *self.shape),
+            rows=self.order if self.source.shuffled else None,
+        )
+        stream.flush()
+        step = max(1, _READ_BYTES // self.size)
+        if count:
+            with progress.stage(f"digest {what}", count, "images") as stage:
+                for first in range(0, count, step):
+                    found = rows[first : first + step]
+                    self.sha.add(found)
+                    stage.advance(len(found))
+
+    @property
+    def order(self) -> list[int]:
+        """The rows by class and id."""
+        return sorted(range(len(self.ids)), key=lambda row: (self.labels[row], self.ids[row]))
+
+    def _decode(self, left: Sequence[Shard], stream: BinaryIO) -> Generator[Block]:
+        """The images of the shards that are left; a shard goes to the journal when its last is behind."""
+        current, first, saved, seen = 0, len(self.ids), time.monotonic(), set(self.ids)
+        try:
+            for block in decoded(left, self.resolution, self.source.channels):
+                while current < block.shard:
+                    first = self._close(left[current], first)
+                    current += 1
+                if time.monotonic() - saved > _JOURNAL_EVERY_S:
+                    self._flush(stream)
+                    saved = time.monotonic()
+                for item in block.items:
+                    if item.id in seen:
+                        raise GuardbenchError(
+                            f"{self.source.where}: two images are called {item.id}; remove or rename one."
+                        )
+                    seen.add(item.id)
+                yield block
+            while current < len(left):
+                first = self._close(left[current], first)
+                current += 1
+        finally:
+            self._flush(stream)
+
+    def _close(self, shard: Shard, first: int) -> int:
+        words = {"shard": self._name(shard), "ids": self.ids[first:], "labels": self.labels[first:]}
+        self.unsaved.append(json.dumps(words) + "\n")
+        return len(self.ids)
+
+    def _flush(self, stream: BinaryIO) -> None:
+        """Puts the rows on the disk and then, in the journal, the shards that they are of."""
+        if self.unsaved:
             stream.flush()
+            os.fsync(stream.fileno())
+            self._save(self.unsaved)
+            self.unsaved = []
+
+    def _save(self, lines: Sequence[str]) -> None:
+        with self.journal.open("a", encoding="utf-8", newline="\n") as stream:
+            stream.writelines(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _append(self, stream: BinaryIO, block: Block) -> None:
+        # Plain writes, not a writable memory map: a full disk is then an error and no signal.
+        stream.write(block.pixels.data)
+        self.ids += [item.id for item in block.items]
+        self.labels += [item.label for item in block.items]
+        if not self.source.shuffled:
+            self.sha.add(block.pixels)
+
+    def _end(self, stream: BinaryIO, progress: Progress, what: str) -> None:
+        """Writes the header and the index, and gives the file its name."""
+        ids, labels = self.ids, self.labels
+        rows: list[int] | None = None
+        if self.source.shuffled:
+            self._digest_of(stream, progress, what)
+            rows = self.order
+            ids, labels = [ids[row] for row in rows], [labels[row] for row in rows]
+        shape = (len(ids), *self.shape)
+        stream.seek(0)
+        stream.write(_header(shape))
+        stream.flush()
+        os.fsync(stream.fileno())
+        self.part.chmod(0o644)
+        self.part.replace(self.target)
         meta = {
             "format": _FORMAT,
             "preprocessing": PREPROCESSING,
-            "source": source.fingerprint,
+            "source": self.source.fingerprint,
             "shape": shape,
-            "classes": source.classes,
-            "ids": listing.ids,
-            "labels": listing.labels,
-            "digest": found,
+            "classes": self.source.classes,
+            "ids": ids,
+            "labels": labels,
+            "digest": self.sha.end(self.source.classes, ids, labels, shape),
         }
-        write_text(_meta_path(target), canonical.dumps(meta))
+        if rows is not None and rows != sorted(rows):
+            meta["rows"] = rows
+        write_text(_meta_path(self.target), canonical.dumps(meta))
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """NumPy's header of a uint8 array; it leaves room for any number of images."""
+    header = io.BytesIO()
+    words = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, words)
+    if header.tell() != _HEADER_BYTES:
+        raise ValueError(f"NumPy's header has {header.tell()} bytes")
+    return header.getvalue()
 
 
 def _read(target: Path, source: Source, resolution: int) -> Entry | None:
@@ -207,18 +314,23 @@ def _read(target: Path, source: Source, resolution: int) -> Entry | None:
     try:
         text = read_text(_meta_path(target), what="the cache's index", limit=_META_LIMIT)
         meta = json.loads(text)
-        images = np.load(target, mmap_mode="r", allow_pickle=False)
         ids, labels, classes = tuple(meta["ids"]), tuple(meta["labels"]), tuple(meta["classes"])
         shape, found = tuple(meta["shape"]), str(meta["digest"])
-    except (GuardbenchError, OSError, EOFError, ValueError, KeyError, TypeError):
+        with target.open("rb") as stream:
+            header = stream.read(_HEADER_BYTES)
+        rows = meta.get("rows")
+        whole = (
+            shape == (len(ids), source.channels, resolution, resolution)
+            and header == _header(shape)
+            and len(labels) == len(ids)
+            and (rows is None or sorted(rows) == list(range(len(ids))))
+            and classes == source.classes
+            and meta.get("source") == source.fingerprint
+            and target.stat().st_size == _HEADER_BYTES + int(np.prod(shape))
+        )
+        if not whole:
+            return None
+        images = PixelFile(target, offset=_HEADER_BYTES, shape=shape, rows=rows)
+    except (GuardbenchError, OSError, ValueError, KeyError, TypeError):
         return None
-    whole = (
-        images.dtype == np.uint8
-        and images.shape == shape
-        and shape == (len(ids), source.channels, resolution, resolution)
-        and len(labels) == len(ids)
-        and classes == source.classes
-        and meta.get("source") == source.fingerprint
-        and target.stat().st_size == images.offset + images.nbytes
-    )
-    return Entry(images, labels, ids, classes, found) if whole else None
+    return Entry(images, labels, ids, classes, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from guardbench.errors import GuardbenchError
@@ -48,8 +49,8 @@ class DatasetInfo:
 
     `classes` are the class folders' names in label order; it is empty where they are WordNet IDs
     read from the data itself (their order is then the sorted one, their number `num_classes`).
-    `names` are for people to read, in the same order; `folders` are the names under which the
-    dataset is looked for in a data folder, the first that is there being used.
+    `names` are for people to read, in the same order, empty where there are none; `folders` are the
+    names under which the dataset is looked for in a data folder, the first that is there being used.
     """
 
     name: str
@@ -124,6 +125,11 @@ _CIFAR100_FINE = """
     tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 _CIFAR100 = tuple(_CIFAR100_FINE.split())
+
+# The sorted WordNet IDs, one a line: labels 0 to 999 wherever ImageNet-1K has labels.
+_IMAGENET = tuple(
+    (Path(__file__).with_name("imagenet-classes.txt")).read_text(encoding="ascii").split()
+)
 
 _ENTRIES = (
     DatasetInfo(
@@ -236,6 +242,7 @@ _ENTRIES = (
         native_resolution=224,
         train_count=1_281_167,
         val_count=50_000,
+        classes=_IMAGENET,
         folders=("imagenet", "imagenet-1k", "ILSVRC2012"),
         val_folders=("val",),
         homepage="https://image-net.org",

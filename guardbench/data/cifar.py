@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from PIL import Image
 from guardbench.canonical import digest
 from guardbench.data.catalog import CifarFiles, DatasetInfo, Split
 from guardbench.data.locate import Layout
-from guardbench.data.source import Listing, Source
+from guardbench.data.source import Item, Shard, Source
 from guardbench.errors import GuardbenchError
 
 _SIDE = 32
@@ -31,16 +33,14 @@ def cifar_source(info: DatasetInfo, folder: Path, split: Split, layout: Layout) 
     if files is None:
         raise ValueError(f"{info.name} is not a CIFAR dataset")
 
-    def opened() -> Listing:
+    def items() -> Iterator[Item]:
         if layout == "cifar-python":
             pixels, labels = _read_python(info, folder, split)
         else:
             pixels, labels = _read_binary(info, files, folder, split)
-        return Listing(
-            ids=tuple(f"{info.classes[label]}/{index:05d}" for index, label in enumerate(labels)),
-            labels=tuple(labels),
-            read=lambda index: Image.fromarray(pixels[index]),
-        )
+        for index, label in enumerate(labels):
+            decode = partial(Image.fromarray, pixels[index])
+            yield Item(f"{info.classes[label]}/{index:05d}", label, decode)
 
     state = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
@@ -48,7 +48,8 @@ def cifar_source(info: DatasetInfo, folder: Path, split: Split, layout: Layout) 
         if path.is_file()
     ]
     fingerprint = digest([layout, split, state])
-    return Source(str(folder), info.classes, info.channels, fingerprint, opened)
+    shard = Shard(fingerprint, items, info.count(split))
+    return Source(str(folder), info.classes, info.channels, fingerprint, lambda: (shard,))
 
 
 def _read_binary(info: DatasetInfo, files: CifarFiles, folder: Path, split: Split) -> _Arrays:

@@ -1,4 +1,4 @@
-"""A decoded split of a real dataset at one resolution: memory-mapped, with batches as tensors."""
+"""A decoded split of a real dataset at one resolution: kept on disk, with batches as tensors."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from guardbench.data.cache import cached, in_memory
+from guardbench.data.cache import Pixels, cached, find, in_memory
 from guardbench.data.catalog import SPLITS, DatasetInfo, dataset_info
 from guardbench.data.download import download_dataset
 from guardbench.data.files import cache_root
 from guardbench.data.locate import Located, layout_of, locate
+from guardbench.data.shards import is_original
 from guardbench.data.source import Source, open_source
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
@@ -32,7 +31,7 @@ class RealDataset:
         name: the catalogue's name, such as `imagenette`.
         split: `train` or `val`.
         resolution: R, the side of every image in pixels.
-        images: uint8 [N, C, R, R], read-only, memory-mapped where it comes from the cache.
+        images: uint8 [N, C, R, R], read-only, read from the cache's file as they are indexed.
         labels: int64 [N].
         ids: one stable name an image: its path below the split folder, or `<class>/<index>` for
             files that hold many images.
@@ -43,7 +42,7 @@ class RealDataset:
     name: str
     split: str
     resolution: int
-    images: npt.NDArray[np.uint8]
+    images: Pixels
     labels: Tensor
     ids: tuple[str, ...]
     classes: tuple[str, ...]
@@ -84,8 +83,8 @@ class RealDataset:
             IndexError: an index is outside -N to N - 1.
         """
         wanted = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
-        # Indexing by an array copies out of the map; bytes travel, and become floats there.
-        pixels = torch.from_numpy(np.asarray(self.images[wanted])).to(device)
+        # Indexing by an array copies; bytes travel, and become floats there.
+        pixels = torch.from_numpy(self.images[wanted]).to(device)
         return pixels.to(torch.float32).div_(255)
 
 
@@ -126,7 +125,7 @@ def load_split(
     progress: Progress,
     per_class: int | None = None,
 ) -> RealDataset:
-    """Finds, downloads if need be, decodes once and maps the `split` of dataset `name`.
+    """Finds, downloads if need be, decodes once and opens the `split` of dataset `name`.
 
     Args:
         name: a name of the catalogue.
@@ -152,14 +151,20 @@ def load_split(
     root = cache_root(cache_dir)
     located = _on_disk(info, locate(name, data_dir, cache_dir=cache_dir), root, progress)
     source = open_source(info, located, known)
-    if located.layout == "folders":
-        # Known before the first image is decoded, so told before.
-        _require_per_class(info, source, source.open().labels, per_class)
     if info.embedded:
-        entry = in_memory(source, resolution, progress, f"{name}-{split} at {resolution} px")
+        entry = in_memory(source, resolution)
+    elif (there := find(source, resolution, root, f"{name}-{split}")) is not None:
+        entry = there
     else:
+        if located.layout == "folders":
+            # Known before the first image is decoded, so told before.
+            listed = [item.label for shard in source.open() for item in shard.items()]
+            _require_per_class(info, source, listed, per_class)
         entry = cached(source, resolution, root, f"{name}-{split}", progress)
     _require_per_class(info, source, entry.labels, per_class)
+    # The folders of Tiny ImageNet, alone without classes of its own, have a level of their own.
+    if source.shuffled and not (info.classes and all(is_original(name) for name in entry.ids)):
+        _tell_own_names(progress, f"{name}-{split}", source)
     return RealDataset(
         name=name,
         split=split,
@@ -177,6 +182,16 @@ def _on_disk(info: DatasetInfo, located: Located, root: Path, progress: Progress
         return located
     folder = download_dataset(info, located, root, progress)
     return replace(located, kind="folder", path=folder, layout=layout_of(info, folder))
+
+
+def _tell_own_names(progress: Progress, what: str, source: Source) -> None:
+    if progress.console is not None:
+        progress.console.print(
+            f"{what}: {source.where} does not give its images the names that the folders have, so its "
+            "digest, order and test images are its own",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _require_per_class(

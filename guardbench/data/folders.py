@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+
+from PIL import Image
 
 from guardbench.canonical import digest
 from guardbench.data.catalog import DatasetInfo, Split
 from guardbench.data.locate import WORDNET_ID
-from guardbench.data.source import Listing, Source, read_image
+from guardbench.data.source import Item, Shard, Source, read_image
 from guardbench.errors import GuardbenchError
 from guardbench.store import read_text
 
@@ -43,13 +47,26 @@ def folder_source(info: DatasetInfo, root: Path, split: Split) -> Source:
             for file in _class_files(info, folder, name, label)
         ]
     fingerprint = digest([folder.name, list(classes), files])
-    paths = [folder / file[0] for file in files]
-    listing = Listing(
-        ids=tuple(file[0] for file in files),
-        labels=tuple(file[1] for file in files),
-        read=lambda index: read_image(paths[index]),
-    )
-    return Source(str(folder), classes, info.channels, fingerprint, lambda: listing)
+
+    def shards() -> list[Shard]:
+        classwise = groupby(files, key=lambda file: file[1])
+        return [_shard(folder, list(members)) for _, members in classwise]
+
+    return Source(str(folder), classes, info.channels, fingerprint, shards)
+
+
+def _shard(folder: Path, files: list[_File]) -> Shard:
+    """The images of one class."""
+
+    def items() -> Iterator[Item]:
+        for name, label, *_ in files:
+            yield Item(name, label, partial(_read, folder, name))
+
+    return Shard(digest(files), items, len(files))
+
+
+def _read(folder: Path, name: str) -> Image.Image:
+    return read_image(folder / name)  # the path is made in the thread that decodes
 
 
 def _split_folder(info: DatasetInfo, root: Path, split: Split) -> Path:

@@ -15,18 +15,23 @@ from typing import Literal
 
 from guardbench.data.catalog import CATALOG, DatasetInfo, dataset_info
 from guardbench.data.files import cache_root
+from guardbench.data.shard_files import HUB, shard_layout
 from guardbench.errors import GuardbenchError
 
 DATA_VARIABLE = "GUARDBENCH_DATA"
 WORDNET_ID = re.compile(r"n\d{8}")
 
-Kind = Literal["embedded", "folder", "official", "download"]
-Layout = Literal["none", "folders", "cifar-binary", "cifar-python"]
+Kind = Literal["embedded", "folder", "official", "download", "hub"]
+Layout = Literal["none", "folders", "cifar-binary", "cifar-python", "parquet", "tars"]
+
+_HOW: dict[Layout, str] = {"parquet": "parquet shards", "tars": "webdataset tars"}
 
 
 @dataclass(frozen=True)
 class Located:
     """Where a dataset is. `path` is None until a download is finished; `url` is set for one.
+
+    Of a dataset on the Hub, which is read from there, `url` is the address and `path` stays None.
 
     `description` is for the plan; `searched` says where it was looked for before a download.
     """
@@ -56,7 +61,8 @@ def locate(name: str, data_dir: Path | None, *, cache_dir: Path | None = None) -
 
     Args:
         name: a name of the catalogue.
-        data_dir: the folder of `--data-dir`, or None.
+        data_dir: the folder of `--data-dir`, or None; or a dataset of the Hub with parquet shards, as
+            `hf://datasets/OWNER/NAME`.
         cache_dir: the cache, as `files.cache_root` takes it.
 
     Raises:
@@ -66,6 +72,10 @@ def locate(name: str, data_dir: Path | None, *, cache_dir: Path | None = None) -
     info = dataset_info(name)
     if info.embedded:
         return Located(name, "embedded", "scikit-learn's own copy, nothing to download")
+    address = _hub_address(data_dir)
+    if address is not None:
+        how = f"parquet shards of {address}, read over the network"
+        return Located(name, "hub", how, url=address, layout="parquet")
     downloads = cache_root(cache_dir) / "downloads"
     places = [*_named_places(data_dir), _Place(downloads, str(downloads), chosen=False)]
     for place in places:
@@ -103,15 +113,37 @@ def layout_of(info: DatasetInfo, folder: Path) -> Layout:
             return "cifar-binary"
         if (folder / info.cifar.python_marker).is_file():
             return "cifar-python"
+    shards = shard_layout(info, folder)
+    if shards is not None and not _has_class_folders(info, folder):
+        return shards
     splits = {"train", *info.val_folders}
     return "folders" if any((folder / split).is_dir() for split in splits) else "none"
+
+
+def _has_class_folders(info: DatasetInfo, folder: Path) -> bool:
+    """Whether a split's folder has folders in it: beside ImageNet's lie its official tars at times."""
+    return any(
+        entry.is_dir() and not entry.name.startswith(".")
+        for split in ("train", *info.val_folders)
+        if (folder / split).is_dir()
+        for entry in (folder / split).iterdir()
+    )
+
+
+def _hub_address(data_dir: Path | None) -> str | None:
+    """The address on the Hub that `--data-dir`, or else the environment, names; a Path loses a slash."""
+    named = str(data_dir) if data_dir is not None else os.environ.get(DATA_VARIABLE, "")
+    found = re.fullmatch(r"hf:/+datasets/([^/]+/[^/]+)/?", named)
+    if found is None and named.startswith("hf:"):
+        raise GuardbenchError(f"{named}: a dataset on the Hub is named {HUB}OWNER/NAME.")
+    return None if found is None else HUB + found[1]
 
 
 def _named_places(data_dir: Path | None) -> Iterator[_Place]:
     if data_dir is not None:
         yield _existing(data_dir.expanduser(), "--data-dir")
     named = os.environ.get(DATA_VARIABLE)
-    if named:
+    if named and not named.startswith("hf:"):
         yield _existing(Path(named).expanduser(), DATA_VARIABLE)
 
 
@@ -140,7 +172,7 @@ def _search(info: DatasetInfo, place: _Place) -> Located | None:
     if hollow is not None:
         raise GuardbenchError(
             f"{hollow}: no images of {info.name} there (looked for train/ and "
-            f"{'/ or '.join(info.val_folders)}/); {how_to_place(info)}."
+            f"{'/ or '.join(info.val_folders)}/, parquet shards and tars); {how_to_place(info)}."
         )
     if place.chosen:
         _refuse_misnamed(info, place)
@@ -181,7 +213,7 @@ def _is_itself(info: DatasetInfo, folder: Path) -> bool:
 def _located(info: DatasetInfo, folder: Path, layout: Layout, place: _Place) -> Located:
     annotated = (folder / "val" / "val_annotations.txt").is_file()
     official = layout != "folders" or annotated
-    how = "official files" if official else "folders"
+    how = _HOW.get(layout, "official files" if official else "folders")
     source = f"named by {place.said.split()[0]}" if place.chosen else "downloaded before"
     return Located(
         info.name,

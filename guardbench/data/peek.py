@@ -10,7 +10,6 @@ from guardbench.data.catalog import DatasetInfo, Split
 from guardbench.data.files import cache_root
 from guardbench.data.locate import Located
 from guardbench.data.source import open_source
-from guardbench.progress import Progress
 
 
 def cached_digest(
@@ -29,7 +28,7 @@ def cached_digest(
 @cache  # they lie in an installed package, and a suite asks for each of its cells
 def _embedded_digest(info: DatasetInfo, located: Located, split: Split, resolution: int) -> str:
     source = open_source(info, located, split)
-    return in_memory(source, resolution, Progress(), f"{info.name}-{split}").digest
+    return in_memory(source, resolution).digest
 
 
 def class_order(info: DatasetInfo, located: Located) -> tuple[str, ...]:

@@ -1,11 +1,13 @@
-"""What the cache builds from: classes, a fingerprint that is cheap, and images read on demand."""
+"""What the cache builds from: classes, a fingerprint that is cheap, and images one after another."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -19,31 +21,51 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The images of a split in their fixed order; `read(i)` decodes one and is thread-safe."""
+class Item:
+    """One image as its source holds it: `decode` may be called once, in any thread."""
 
-    ids: tuple[str, ...]
-    labels: tuple[int, ...]
-    read: Callable[[int], Image.Image]
+    id: str
+    label: int
+    decode: Callable[[], Image.Image]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images that are decoded and kept together: a class folder, a parquet file, a tar.
+
+    Attributes:
+        fingerprint: changes when its files change; made without reading the images.
+        items: its images, in the order in which they are stored.
+        count: how many; None where only reading them tells.
+    """
+
+    fingerprint: str
+    items: Callable[[], Iterator[Item]]
+    count: int | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A split as it lies on disk.
+    """A split as it lies on disk, or on the Hub.
 
     Attributes:
         where: the folder, for messages.
         classes: class keys in label order.
         channels: 1 (grey) or 3 (RGB).
         fingerprint: changes when the files change; made without reading the images.
-        open: lists the images; may read the files where the labels are inside them.
+        open: lists the shards; may read the files where the labels are inside them.
+        expected: how many images there are, where the shards do not say it; for the progress alone.
+        shuffled: whether the images come in any order; they are then put in that of class and id,
+            which is that of folders, so that the container does not show in the dataset's digest.
     """
 
     where: str
     classes: tuple[str, ...]
     channels: int
     fingerprint: str
-    open: Callable[[], Listing]
+    open: Callable[[], Sequence[Shard]]
+    expected: int = 0
+    shuffled: bool = False
 
 
 def open_source(info: DatasetInfo, located: Located, split: Split) -> Source:
@@ -54,6 +76,10 @@ def open_source(info: DatasetInfo, located: Located, split: Split) -> Source:
     """
     if located.kind == "embedded":
         return digits_source(info, split)
+    if located.layout in ("parquet", "tars"):
+        from guardbench.data.shards import shard_source
+
+        return shard_source(info, located, split)
     if located.path is None:
         raise ValueError(f"{info.name} has not been downloaded yet")
     if located.layout in ("cifar-binary", "cifar-python"):
@@ -65,21 +91,27 @@ def open_source(info: DatasetInfo, located: Located, split: Split) -> Source:
     return folder_source(info, located.path, split)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(source: Path | bytes, where: str | None = None) -> Image.Image:
     """Decodes one JPEG, PNG, BMP or WebP file completely, as it is stored (EXIF is not applied).
+
+    Args:
+        source: the file, or its bytes.
+        where: names the image in an error; the file's path if not given.
 
     Raises:
         GuardbenchError: the file is missing, truncated or not an image; the line names it.
     """
+    opened = io.BytesIO(source) if isinstance(source, bytes) else source
+    named = where or str(opened)
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(opened, formats=_FORMATS) as image:
             image.load()
             return image
     except FileNotFoundError as error:
-        raise GuardbenchError(f"{path}: the image is missing; restore it.") from error
+        raise GuardbenchError(f"{named}: the image is missing; restore it.") from error
     except UnidentifiedImageError as error:
         raise GuardbenchError(
-            f"{path}: not an image that can be read (JPEG, PNG, BMP or WebP); restore or remove it."
+            f"{named}: not an image that can be read (JPEG, PNG, BMP or WebP); restore or remove it."
         ) from error
     except (
         OSError,
@@ -90,7 +122,7 @@ def read_image(path: Path) -> Image.Image:
         Image.DecompressionBombError,
     ) as error:
         raise GuardbenchError(
-            f"{path}: the image cannot be decoded ({error}); restore or remove it."
+            f"{named}: the image cannot be decoded ({error}); restore or remove it."
         ) from error
 
 
@@ -112,10 +144,15 @@ def digits_source(info: DatasetInfo, split: Split) -> Source:
         members.sort(key=lambda index: hashlib.sha256(str(index).encode()).hexdigest())
         cut = len(members) // 4
         chosen += sorted(members[:cut] if split == "val" else members[cut:])
-    listing = Listing(
-        ids=tuple(f"{info.classes[targets[index]]}/{index:05d}" for index in chosen),
-        labels=tuple(targets[index] for index in chosen),
-        read=lambda position: Image.fromarray(pixels[chosen[position]]),
-    )
+
+    def items() -> Iterator[Item]:
+        for index in chosen:
+            yield Item(
+                f"{info.classes[targets[index]]}/{index:05d}",
+                targets[index],
+                partial(Image.fromarray, pixels[index]),
+            )
+
     fingerprint = hashlib.sha256(pixels.tobytes()).hexdigest()
-    return Source("scikit-learn", info.classes, info.channels, fingerprint, lambda: listing)
+    shard = Shard(fingerprint, items, len(chosen))
+    return Source("scikit-learn", info.classes, info.channels, fingerprint, lambda: (shard,))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,6 +36,7 @@ from guardbench.models import Classifier, batch_norms
 from guardbench.protocol import CropScale
 from guardbench.records import LabelKind, Strict
 from guardbench.runtime import StageFolder, check_finite
+from guardbench.store import write_bytes
 
 CLASSES_A_GROUP = 100  # of the original's recover batches
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every image
@@ -131,31 +134,37 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
     if folder.finished() is not None:
         return run.processes.from_main(lambda: load_distilled(artifact))
     groups = _groups(len(task.classes), task.ipc, params)
-    done: list[Tensor] = []
+    chunks = _chunks(groups, params.images_a_batch * run.processes.count)
     state = folder.begin(run.device)
-    if state is not None:
-        done = list(state["done"])
-    # An earlier run may have had another number of processes, so only its images count.
-    ready = sum(map(len, done))
-    left = [group for group in groups if group.first >= ready]
-    chunks = _chunks(left, params.images_a_batch * run.processes.count)
-    total = params.iterations * (len(done) + len(chunks))
-    begun = int(state["step"]) if state and _fits(state, chunks) else 0
-    with run.progress.stage(
-        "recover", total, "steps", len(done) * params.iterations + begun
-    ) as bar:
-        for number, chunk in enumerate(chunks, start=len(done)):
+    # A group that is done lies in a file of its own: neither memory nor a checkpoint holds them all.
+    parts = [folder.path / f"recovered-{group.number:05d}.safetensors" for group in groups]
+    there = run.processes.from_main(lambda: [part.is_file() for part in parts])
+    left = [
+        (number, chunk)
+        for number, chunk in enumerate(chunks)
+        if not all(there[group.number] for group in chunk)
+    ]
+    if state is not None and state.get("groups") != [
+        g.number for g in (left[0][1] if left else ())
+    ]:
+        state = None  # of groups that are done, or of another number of processes
+    total = params.iterations * len(chunks)
+    started = total - len(left) * params.iterations + (int(state["step"]) if state else 0)
+    with run.progress.stage("recover", total, "steps", started) as bar:
+        for number, chunk in left:
             recovery = _Recovery(task, teacher, params, chunk, number)
-            if begun and state is not None:
+            if state is not None:
                 recovery.resume(state)
-            done, begun = [*done, recovery.optimise(folder, bar.advance, done)], 0
-    images = torch.cat(done)
+                state = None
+            images = recovery.optimise(folder, bar.advance)
+            files = [parts[group.number] for group in chunk]
+            run.processes.from_main(partial(_keep, images, files))
     labels = torch.tensor([label for group in groups for label in group.labels])
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
     distilled = run.processes.from_main(
         lambda: save_distilled(
             artifact,
-            images=images[order],
+            images=_gathered(parts, order),
             hard=labels[order],
             teacher=teacher,
             teacher_arch=read_params(task, Params).squeeze.arch,
@@ -167,27 +176,46 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
         )
     )
     folder.finish(run.device, (f"distilled/{MANIFEST}",))
+    if run.processes.main:
+        for part in parts:
+            part.unlink()
     return distilled
 
 
-class _Group:
-    """Images that share batch statistics: their labels, the number that names their randomness, and how
-    many images all earlier groups have."""
+def _keep(images: Tensor, parts: list[Path]) -> None:
+    """Writes the images of groups of equal size, each group's into its own file."""
+    for part, group in zip(parts, images.chunk(len(parts)), strict=True):
+        write_bytes(part, save({"images": group.clone()}))
 
-    def __init__(self, number: int, labels: list[int], first: int) -> None:
-        self.number, self.labels, self.first = number, labels, first
+
+def _gathered(parts: list[Path], order: Tensor) -> Tensor:
+    """The images of all parts, [N, C, H, W], where image i is the `order[i]`th of those in the parts."""
+    place = torch.argsort(order)
+    images: Tensor | None = None
+    first = 0
+    for part in parts:
+        found = load_file(part)["images"]
+        if images is None:
+            images = found.new_empty((len(order), *found.shape[1:]))
+        images[place[first : first + len(found)]] = found
+        first += len(found)
+    assert images is not None, "a recipe has at least one group"
+    return images
+
+
+class _Group:
+    """Images that share batch statistics: their labels, and the number that names their randomness."""
+
+    def __init__(self, number: int, labels: list[int]) -> None:
+        self.number, self.labels = number, labels
 
 
 def _groups(classes: int, ipc: int, params: Recover) -> list[_Group]:
     everything = [list(range(s, min(s + CLASSES_A_GROUP, classes)))
                   for s in range(0, classes, CLASSES_A_GROUP)] * ipc  # fmt: skip
     if params.group == "all":
-        return [_Group(0, [label for labels in everything for label in labels], 0)]
-    firsts = accumulate((len(labels) for labels in everything), initial=0)
-    return [
-        _Group(number, labels, first)
-        for number, (labels, first) in enumerate(zip(everything, firsts, strict=False))
-    ]
+        return [_Group(0, [label for labels in everything for label in labels])]
+    return [_Group(number, labels) for number, labels in enumerate(everything)]
 
 
 def _chunks(groups: list[_Group], most: int) -> list[list[_Group]]:
@@ -201,11 +229,6 @@ def _chunks(groups: list[_Group], most: int) -> list[list[_Group]]:
         else:
             chunks.append([group])
     return chunks
-
-
-def _fits(state: Mapping[str, Any], chunks: list[list[_Group]]) -> bool:
-    """Whether the images of a checkpoint, if it holds any, are those of the first of `chunks`."""
-    return "images" in state and state["groups"] == [group.number for group in chunks[0]]
 
 
 class _Recovery:
@@ -248,14 +271,8 @@ class _Recovery:
         if len(self.images):
             self.optimizer.state[self.images] = moments
 
-    def optimise(
-        self, folder: StageFolder, advance: Callable[[int, str], None], done: list[Tensor]
-    ) -> Tensor:
-        """Runs the steps that are left; returns images [n, C, H, W] in [0, 1] on the CPU.
-
-        Args:
-            done: the images of the chunks before, for checkpoints.
-        """
+    def optimise(self, folder: StageFolder, advance: Callable[[int, str], None]) -> Tensor:
+        """Runs the steps that are left; returns images [n, C, H, W] in [0, 1] on the CPU."""
         collect = self.task.run.processes.collect
         for step in range(self.first, self.params.iterations):
             share = 0.5 * (1 + math.cos(math.pi * step / self.params.iterations))
@@ -266,7 +283,7 @@ class _Recovery:
             if folder.due() and step + 1 < self.params.iterations:
                 parts = collect(self._kept())
                 kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                folder.checkpoint({"done": done, "step": step + 1, "groups": self.groups, **kept})
+                folder.checkpoint({"step": step + 1, "groups": self.groups, **kept})
         with torch.no_grad():
             pixels = self.images * self.teacher.std + self.teacher.mean
         return torch.cat(collect(pixels.clamp(0, 1).cpu()))

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ from PIL import Image
 from rich.console import Console
 
 import guardbench
-from guardbench.data.cache import Entry, cached, short_side_centre
+from guardbench.data.cache import Entry, cached
+from guardbench.data.decode import short_side_centre
 from guardbench.data.files import cache_root
-from guardbench.data.source import Listing, Source
+from guardbench.data.pixels import PixelFile
+from guardbench.data.source import Item, Shard, Source
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
 
@@ -32,13 +36,26 @@ def noise(seed: int, size: tuple[int, int] = (11, 9)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def source(fingerprint: str = "one", first_seed: int = 0) -> Source:
-    listing = Listing(
-        ids=tuple(f"a/{index}" for index in range(COUNT)),
-        labels=tuple(index % 2 for index in range(COUNT)),
-        read=lambda index: noise(first_seed + index),
-    )
-    return Source("memory", ("a", "b"), 3, fingerprint, lambda: listing)
+def source(
+    fingerprint: str = "one",
+    first_seed: int = 0,
+    *,
+    read: Callable[[int], Image.Image] | None = None,
+    shards: int = 1,
+    order: Sequence[int] = range(COUNT),
+    name: Callable[[int], str] = "a/{:02d}".format,
+) -> Source:
+    """Forty images `a/00` to `a/39`, of class 0 and 1 in turns, in so many shards of equal size."""
+    read = read or (lambda index: noise(first_seed + index))
+    size = COUNT // shards
+
+    def items(first: int) -> Iterator[Item]:
+        for index in order[first : first + size]:
+            yield Item(name(index), index % 2, partial(read, index))
+
+    made = [Shard(f"{fingerprint} {k}", partial(items, k), size) for k in range(0, COUNT, size)]
+    shuffled = list(order) != list(range(COUNT))
+    return Source("memory", ("a", "b"), 3, fingerprint, lambda: made, shuffled=shuffled)
 
 
 def build(root: Path, wanted: Source | None = None, resolution: int = 8) -> Entry:
@@ -60,7 +77,6 @@ def test_preprocessing_is_torchvisions_resize_and_centre_crop(
         [transforms.Resize(resolution), transforms.CenterCrop(resolution), transforms.PILToTensor()]
     )(image)
     ours = short_side_centre(image, resolution, 3)
-    assert ours.flags.c_contiguous
     assert np.array_equal(ours, theirs.numpy())
 
 
@@ -72,13 +88,21 @@ def test_right_size_is_kept_to_the_bit_and_grey_becomes_rgb() -> None:
     assert short_side_centre(image, 16, 1).shape == (1, 16, 16)
 
 
-def test_entry_is_mapped_and_read_only(tmp_path: Path) -> None:
+def test_entry_is_read_row_by_row(tmp_path: Path) -> None:
     entry = build(tmp_path)
-    assert isinstance(entry.images, np.memmap)
-    assert entry.images.dtype == np.uint8
+    assert isinstance(entry.images, PixelFile)
     assert entry.images.shape == (COUNT, 3, 8, 8)
-    assert not entry.images.flags.writeable
-    assert np.array_equal(entry.images[7], short_side_centre(noise(7), 8, 3))
+    everything = np.stack([short_side_centre(noise(index), 8, 3) for index in range(COUNT)])
+    for wanted in (7, -1, slice(3, 30), slice(30, 3, -4), slice(5, 5)):
+        assert np.array_equal(entry.images[wanted], everything[wanted])
+    places = np.array([5, 6, 7, 2, -1, 5])
+    assert np.array_equal(entry.images[places], everything[places])
+    assert entry.images[np.array([], dtype=np.int64)].shape == (0, 3, 8, 8)
+    for outside in (COUNT, -COUNT - 1):
+        with pytest.raises(IndexError):
+            entry.images[outside]
+    (array,) = files(tmp_path, ".npy")
+    assert np.array_equal(np.load(array), everything), "NumPy's own format"
     assert (tmp_path / "datasets").stat()
     assert len(files(tmp_path, ".npy")) == 1
     assert not files(tmp_path, ".part")
@@ -87,7 +111,7 @@ def test_entry_is_mapped_and_read_only(tmp_path: Path) -> None:
 def test_second_time_opens_nothing(tmp_path: Path) -> None:
     first = build(tmp_path)
 
-    def refuse() -> Listing:
+    def refuse() -> list[Shard]:
         raise AssertionError("opened although the cache is there")
 
     again = build(tmp_path, Source("memory", ("a", "b"), 3, "one", refuse))
@@ -107,7 +131,7 @@ def test_changed_data_and_resolution_have_entries_of_their_own(tmp_path: Path) -
 @pytest.mark.parametrize("fault", ["cut", "longer", "empty", "header", "gone", "json", "no ids"])
 def test_damaged_entry_is_built_again(tmp_path: Path, fault: str) -> None:
     before = build(tmp_path)
-    digest, pixels = before.digest, np.array(before.images)
+    digest, pixels = before.digest, before.images[:]
     (array,), (meta,) = files(tmp_path, ".npy"), files(tmp_path, ".json")
     raw, text = array.read_bytes(), meta.read_text()
     damaged = {
@@ -126,7 +150,7 @@ def test_damaged_entry_is_built_again(tmp_path: Path, fault: str) -> None:
         meta.write_text(json.dumps({**json.loads(text), "ids": ["a/0"]}))
     entry = build(tmp_path)
     assert entry.digest == digest
-    assert np.array_equal(entry.images, pixels)
+    assert np.array_equal(entry.images[:], pixels)
     assert array.read_bytes() == raw
     assert meta.read_text() == text
 
@@ -137,10 +161,7 @@ def test_failure_half_way_leaves_nothing(tmp_path: Path) -> None:
             raise GuardbenchError("x.png: broken")
         return noise(index)
 
-    listing = source().open()
-    bad = Source(
-        "memory", ("a", "b"), 3, "one", lambda: Listing(listing.ids, listing.labels, broken)
-    )
+    bad = source(read=broken)
     with pytest.raises(GuardbenchError, match=r"x\.png"):
         build(tmp_path, bad)
     assert not files(tmp_path, ".npy")
@@ -160,8 +181,7 @@ def test_full_disk_is_one_line_before_and_during(
     def full(_: int) -> Image.Image:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    listing = source().open()
-    bad = Source("memory", ("a", "b"), 3, "one", lambda: Listing(listing.ids, listing.labels, full))
+    bad = source(read=full)
     with pytest.raises(GuardbenchError, match=r"the disk is full.*GUARDBENCH_CACHE"):
         build(tmp_path, bad)
     assert not list((tmp_path / "datasets").glob("*.part"))
@@ -195,22 +215,29 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from guardbench.data import cache
 from guardbench.data.cache import cached
-from guardbench.data.source import Listing, Source
+from guardbench.data.source import Item, Shard, Source
 from guardbench.progress import Progress
 
+cache._JOURNAL_EVERY_S = 0.0
 root, log, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 
 def read(index):
     time.sleep(pause)
+    while not pause and not (root / "go").is_file():
+        time.sleep(0.02)
     pixels = np.random.default_rng(index).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+def items(first):
+    for index in range(first, first + 20):
+        yield Item(f"a/{index:02d}", index % 2, lambda index=index: read(index))
 
 def opened():
     with log.open("a") as stream:
         stream.write("built\\n")
-    ids = tuple(f"a/{index}" for index in range(40))
-    return Listing(ids, tuple(index % 2 for index in range(40)), read)
+    return [Shard(f"one {first}", lambda first=first: items(first), 20) for first in (0, 20)]
 
 entry = cached(Source("memory", ("a", "b"), 3, "one", opened), 8, root, "made-train",
                Progress(Console(width=200)))
@@ -237,29 +264,106 @@ def wait_for(log: Path) -> None:
 
 def test_two_processes_build_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    first = start(tmp_path, log, 0.1)
+    first = start(tmp_path, log, 0)
     wait_for(log)
-    second = start(tmp_path, log, 0.1)
+    second = start(tmp_path, log, 0)
+    assert second.stdout is not None
+    waits = second.stdout.readline()
+    (tmp_path / "go").touch()
     said = [process.communicate(timeout=120)[0] for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0]
     assert log.read_text() == "built\n"
-    assert "waiting for another process" in said[1]
+    assert "waiting for another process" in waits
     digest = build(tmp_path).digest
     assert all(f"digest {digest}" in text for text in said)
 
 
-def test_killed_builder_leaves_nothing_that_counts(tmp_path: Path) -> None:
+def test_killed_builder_goes_on_behind_its_last_whole_shard(
+    tmp_path: Path,
+) -> None:
     log = tmp_path / "log"
-    victim = start(tmp_path, log, 5.0)
+    victim = start(tmp_path, log, 0.1)
     wait_for(log)
+    part, journal = (
+        (tmp_path / "datasets" / f".made-train-8px.{end}") for end in ("part", "journal")
+    )
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "datasets").glob(".*.part")):
+    while not journal.is_file():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.communicate(timeout=60)
     assert not files(tmp_path, ".npy")
-    assert list((tmp_path / "datasets").glob(".*.part"))
+    assert part.is_file()
+    decoded: list[int] = []
+
+    def read(index: int) -> Image.Image:
+        decoded.append(index)
+        return noise(index)
+
+    entry = build(tmp_path, source(read=read, shards=2))
+    assert sorted(decoded) == list(range(20, COUNT))
+    assert entry.digest == build(tmp_path / "unbroken", source(shards=2)).digest
+    assert np.array_equal(entry.images[3], short_side_centre(noise(3), 8, 3))
+    assert not part.exists()
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize("fault", ["half a line", "short rows", "changed shard"])
+def test_only_what_is_whole_is_taken_over(tmp_path: Path, fault: str) -> None:
+    def broken(index: int) -> Image.Image:
+        if index == 35:
+            raise GuardbenchError("x.png: broken")
+        return noise(index)
+
+    with pytest.raises(GuardbenchError, match=r"x\.png"):
+        build(tmp_path, source(read=broken, shards=4))
+    part, journal = (
+        (tmp_path / "datasets" / f".made-train-8px.{end}") for end in ("part", "journal")
+    )
+    assert len(journal.read_text().splitlines()) == 3
+    decoded: list[int] = []
+
+    def read(index: int) -> Image.Image:
+        decoded.append(index)
+        return noise(index)
+
+    if fault == "half a line":
+        journal.write_text(journal.read_text()[:-20])
+    elif fault == "short rows":
+        os.truncate(part, part.stat().st_size - 15 * 192)
+    again = source("one" if fault != "changed shard" else "two", read=read, shards=4)
+    entry = build(tmp_path, again)
+    assert entry.digest == build(tmp_path / "unbroken").digest
+    assert min(decoded) == {"half a line": 20, "short rows": 20, "changed shard": 0}[fault]
+
+
+def test_images_in_any_order_have_the_digest_of_the_sorted_ones(tmp_path: Path) -> None:
+    """By class and then by name, whatever the order in which a container has them, broken off or not."""
+    order = [*range(1, COUNT, 2), *range(0, COUNT, 2)]
+    turned = build(tmp_path, source("turned", order=order, shards=4))
+    assert list(turned.labels) == [0] * 20 + [1] * 20
+    assert list(turned.ids) == [f"a/{index:02d}" for index in order[20:] + order[:20]]
+    assert np.array_equal(turned.images[19], short_side_centre(noise(38), 8, 3))
+    other = build(tmp_path, source("other", order=order[::-1], shards=2))
+    assert other.digest == turned.digest
+    assert np.array_equal(other.images[:], turned.images[:])
+    again = build(tmp_path, source("other", order=order[::-1], shards=2))
+    assert np.array_equal(again.images[:], turned.images[:])
+
+
+def test_two_images_of_one_name_are_told(tmp_path: Path) -> None:
+    with pytest.raises(GuardbenchError, match="memory: two images are called a/x"):
+        build(tmp_path, source(name=lambda index: "a/x" if index > 37 else f"a/{index}"))
+
+
+def test_a_file_that_is_cut_or_deleted_while_it_is_read(tmp_path: Path) -> None:
     entry = build(tmp_path)
-    assert np.array_equal(entry.images[39], short_side_centre(noise(39), 8, 3))
-    assert not list((tmp_path / "datasets").glob(".*.part"))
+    (array,) = files(tmp_path, ".npy")
+    os.truncate(array, 2000)
+    assert entry.images[2].shape == (3, 8, 8)
+    with pytest.raises(GuardbenchError, match="the cache was cut short while it was in use"):
+        entry.images[30]
+    entry = build(tmp_path)
+    array.unlink()
+    assert np.array_equal(entry.images[30], short_side_centre(noise(30), 8, 3))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from guardbench import runtime
 from guardbench.data.dataset import load_split
 from guardbench.distilled import load_distilled
 from guardbench.distillers.base import Task
@@ -24,7 +25,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.methods import load_method
 from guardbench.models import batch_norms, build_model
 from guardbench.progress import Progress
-from guardbench.runtime import Run
+from guardbench.runtime import Run, StageFolder
 from guardbench.threat import ThreatModel
 
 
@@ -197,6 +198,45 @@ def test_a_recover_killed_after_any_step_ends_with_the_same_images(
     broken = make_task(tmp_path / "b", images_a_batch=10)
     killed_at(checkpoint, lambda: recover(broken, teacher))
     assert torch.equal(recover(broken, teacher).images, unbroken.images)
+
+
+def test_a_recover_of_many_groups_holds_one_of_them(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a checkpoint nor the optimiser grows with what is done, and a kill keeps what is done."""
+    teacher = trained_teacher()
+    whole = recover(make_task(tmp_path / "a", ipc=3, iterations=3), teacher)
+    monkeypatch.setattr(runtime, "CHECKPOINT_EVERY_S", -1.0)
+    task = make_task(tmp_path / "b", ipc=3, iterations=3, images_a_batch=10)
+    sizes, real = [], StageFolder.checkpoint
+
+    def checkpoint(self: StageFolder, state) -> None:
+        real(self, state)
+        assert state["images"].shape[0] == 10
+        sizes.append(self.checkpoint_path.stat().st_size)
+        if len(sizes) == 5:  # in the third group
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StageFolder, "checkpoint", checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        recover(task, teacher)
+    assert max(sizes) - min(sizes) < 1000
+    folder = _recover_folder(task).path
+    assert len(list(folder.glob("recovered-*"))) == 2
+    found = recover(task, teacher)
+    assert len(sizes) == 6, "two of each of three groups: none was optimised twice"
+    torch.testing.assert_close(found.images, whole.images, atol=1e-4, rtol=0)
+    assert found.hard.tolist() == whole.hard.tolist()
+    assert not list(folder.glob("recovered-*"))
+
+
+def test_a_thousand_classes_are_recovered_a_hundred_images_at_a_time() -> None:
+    params = Recover(iterations=1, lr=0.1, r_bn=0.1, jitter=0)
+    chunks = _chunks(_groups(1000, 50, params), params.images_a_batch)
+    assert len(chunks) == 500
+    assert all(len(chunk) == 1 and len(chunk[0].labels) == 100 for chunk in chunks)
+    labels = [label for chunk in chunks for label in chunk[0].labels]
+    assert sorted(labels) == [label for label in range(1000) for _ in range(50)]
 
 
 def test_a_teacher_is_shared_by_every_ipc(tmp_path) -> None:

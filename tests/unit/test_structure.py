@@ -39,7 +39,7 @@ ROOMS = [
     ["hub_card", "hub_table", "hub_set"],
     ["curvature"],
     ["distillers"],
-    ["views"],
+    ["views", "labels"],
     ["training"],
     ["attacks"],
     ["checks", "classifiers", "shift"],

@@ -1,17 +1,26 @@
 """Views and students: the teacher labels exactly what the student sees."""
 
+import shutil
+
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
+from guardbench import training
 from guardbench.distilled import save_distilled
 from guardbench.errors import GuardbenchError
+from guardbench.labels import INDEX, LabelStore
 from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
 from guardbench.runtime import Run
-from guardbench.training import LABELS, plan_relabel, plan_student, relabel, train_students
+from guardbench.training import (
+    label_store,
+    plan_relabel,
+    plan_student,
+    relabel,
+    train_students,
+)
 from guardbench.views import epoch_views
 
 CLASSES = tuple(str(k) for k in range(10))
@@ -68,15 +77,114 @@ def test_the_stored_labels_are_the_teachers_on_the_students_views(tmp_path) -> N
     made = make_set(tmp_path, "teacher")
     stage = plan_relabel(run, "k", student, 20)
     relabel(run, made, student, stage)
-    stored = load_file(stage.folder.path / LABELS)["logits"]
-    assert stored.shape == (3, 20, 10)
-    assert stored.dtype == torch.float16
+    store = label_store(made, student, stage)
+    stored = [store.read(epoch, sha) for epoch, sha in enumerate(store.digests())]
+    assert [(rows.shape, rows.dtype) for rows in stored] == [((20, 10), torch.float16)] * 3
+    files = [store.path(epoch) for epoch in range(3)]
+    told = stage.folder.finished()["label_bytes"]
+    assert told == sum(file.stat().st_size for file in files)
+    assert 0 < told - 3 * 20 * store.row_bytes < 3 * 200, "the headers"
     name = run.generator("views", "shared").initial_seed()
     for epoch in range(3):
         views = epoch_views(student, images=20, resolution=8, seed=name, epoch=epoch)
         with torch.no_grad():
             rows = torch.cat([made.teacher(v.render(made.images)) for v in views])
         torch.testing.assert_close(stored[epoch].float(), rows, atol=5e-3, rtol=5e-3)
+
+
+def test_the_top_k_keep_their_probabilities_and_the_others_share_what_is_left(tmp_path) -> None:
+    """FKD's marginal smoothing, at the students' temperature, in 2 (2 k + 1) bytes a row."""
+    torch.manual_seed(0)
+    logits, heat = 10 * torch.randn(50, 1000), 20.0
+    store = LabelStore(tmp_path, classes=1000, top_k=5, temperature=heat)
+    store.write(0, logits)
+    store.seal(1)
+    (sha,) = store.digests()
+    assert store.row_bytes == 22
+    assert store.path(0).stat().st_size - 50 * 22 < 300
+    truth = torch.softmax(logits / heat, 1)
+    found = torch.softmax(store.read(0, sha).float() / heat, 1)
+    best = truth.topk(5, 1)
+    torch.testing.assert_close(found.gather(1, best.indices), best.values, rtol=2e-3, atol=0)
+    others = found.scatter(1, best.indices, 0.0)
+    left = (1 - best.values.sum(1)) / 995
+    torch.testing.assert_close(others.max(1).values, left, rtol=2e-3, atol=0)
+    assert int((others > 0).sum(1).min()) == 995
+    whole = LabelStore(tmp_path / "whole", classes=1000, top_k=1000)
+    whole.write(0, logits)
+    whole.seal(1)
+    assert whole.read(0, whole.digests()[0]).equal(logits.half()), "k of K is all of them"
+
+
+def test_a_protocol_with_top_k_is_another_and_one_without_is_as_it_was(tmp_path) -> None:
+    run, plain, few = make_run(tmp_path), make_student(), make_student(label_top_k=3)
+    assert "label_top_k" not in plain.words()
+    assert few.words()["label_top_k"] == 3
+    made = make_set(tmp_path, "teacher")
+    keys, students = [], []
+    for student in (plain, few):
+        labels = plan_relabel(run, "k", student, 20)
+        stage = plan_student(run, "k", student, 20, 0)
+        relabel(run, made, student, labels)
+        students.append(train_students(run, made, student, {0: stage}, labels)[0](made.images))
+        keys += [labels.folder.key, stage.folder.key]
+    assert len(set(keys)) == 4
+    assert not torch.equal(*students)
+
+
+@pytest.mark.parametrize("fault", ["changed", "gone", "index"])
+def test_labels_that_are_not_those_that_were_written_are_refused(tmp_path, fault: str) -> None:
+    run, student = make_run(tmp_path), make_student()
+    made = make_set(tmp_path, "teacher")
+    labels = plan_relabel(run, "k", student, 20)
+    relabel(run, made, student, labels)
+    store = label_store(made, student, labels)
+    file = store.path(1)
+    if fault == "changed":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif fault == "gone":
+        file.unlink()
+    else:
+        (store.folder / INDEX).write_text("{}")
+    stage = plan_student(run, "k", student, 20, 0)
+    with pytest.raises(GuardbenchError, match=r"labels(-00001\.safetensors|\.json).*run again"):
+        train_students(run, made, student, {0: stage}, labels)[0]
+
+
+def test_a_killed_relabel_labels_only_the_epochs_that_are_not_there(
+    tmp_path, killed_at, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, student = make_run(tmp_path), make_student(epochs=5)
+    made = make_set(tmp_path, "teacher")
+    labels = plan_relabel(run, "k", student, 20)
+    killed_at(2, lambda: relabel(run, made, student, labels))
+    store = label_store(made, student, labels)
+    assert store.left(5, rows=1) == [2, 3, 4]
+    store.path(0).unlink()
+    asked: list[int] = []
+    real = training.label_epoch
+    monkeypatch.setattr(
+        training, "label_epoch", lambda *words: asked.append(words[-1]) or real(*words)
+    )
+    relabel(run, made, student, labels)
+    assert asked == [0, 2, 3, 4]
+
+
+def test_labels_for_which_there_is_no_room_are_refused_before_the_first(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, student = make_run(tmp_path), make_student()
+    made = make_set(tmp_path, "teacher")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 20 * 20 - 1))
+    labels = plan_relabel(run, "k", student, 20)
+    with pytest.raises(GuardbenchError, match=r"labels take 0\.00 GB .* --output"):
+        relabel(run, made, student, labels)
+    assert not list(labels.folder.path.glob("labels-*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    relabel(run, made, student, labels)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "teacher"])

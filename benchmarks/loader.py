@@ -1,0 +1,187 @@
+"""The loader at ImageNet's scale: its resident memory, and its speed beside a bare decode loop.
+
+    python benchmarks/loader.py
+    python benchmarks/loader.py --images 10000 --side 128 --resolution 64
+
+Makes a set of 1,000 classes of JPEGs in a temporary folder, which is removed after: as class folders, as
+parquet shards in the Hub's layout and as webdataset tars, of the same bytes (at the default size these and
+one cache take 25 GB). For each container two processes take turns: one decodes the container into the cache,
+as `guardbench run` would; the other is the bare loop, which decodes, resizes and crops each file of the
+folders with one thread a core, and keeps nothing. Printed are the loader's largest resident memory, and the
+ratio of its images a second to those of the bare loop beside it. Then an epoch of batches in a random order
+is read from the finished cache by a third process. The three datasets must have one digest.
+"""
+
+import argparse
+import io
+import os
+import resource
+import sys
+import tarfile
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from turns import in_turns
+
+from guardbench.data.catalog import dataset_info
+from guardbench.data.decode import short_side_centre
+from guardbench.data.source import read_image
+
+CONTAINERS = ("folders", "parquet", "tars")
+SHARD_IMAGES = 2000
+BATCH = 128
+
+
+def picture(number, side):
+    """A JPEG of about the size and the detail of ImageNet's: smooth noise with some grain."""
+    rng = np.random.default_rng(number)
+    height, width = side, side * 4 // 3
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    grain = rng.integers(-12, 13, (height, width, 1), dtype=np.int16)
+    stream = io.BytesIO()
+    Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def make(root, images, side):
+    """The set three times below `root`, of a thousand pictures; gives the mean bytes of a file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    classes = dataset_info("imagenet").classes
+    pictures = [picture(number, side) for number in range(min(images, 1000))]
+    order = np.random.default_rng(0).permutation(images)
+    for key in classes:
+        (root / "folders/imagenet/train" / key).mkdir(parents=True)
+    for container in ("parquet/imagenet/data", "tars/imagenet"):
+        (root / container).mkdir(parents=True)
+    shards = -(-images // SHARD_IMAGES)
+    for shard in range(shards):
+        rows = []
+        with tarfile.open(root / f"tars/imagenet/imagenet1k-train-{shard:04d}.tar", "w") as archive:
+            for number in order[shard * SHARD_IMAGES : (shard + 1) * SHARD_IMAGES].tolist():
+                label, key = number % 1000, classes[number % 1000]
+                stem = f"{key}_{number}"
+                data = pictures[(number * 7 + number // 1000) % len(pictures)] + number.to_bytes(
+                    4, "big"
+                )
+                (root / "folders/imagenet/train" / key / f"{stem}.JPEG").write_bytes(data)
+                rows.append(
+                    {"image": {"bytes": data, "path": f"{stem}_{key}.JPEG"}, "label": label}
+                )
+                for kind, part in (("jpg", data), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{stem}.{kind}")
+                    member.size = len(part)
+                    archive.addfile(member, io.BytesIO(part))
+        name = f"train-{shard:05d}-of-{shards:05d}.parquet"
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, root / "parquet/imagenet/data" / name, row_group_size=100)
+    return sum(file.stat().st_size for file in (root / "tars/imagenet").iterdir()) / images
+
+
+def prepare(contestant, root, resolution):
+    """What `in_turns` times: the loader of a container, or the bare loop."""
+    import datasets  # noqa: F401 - ten seconds on a busy machine, and no part of loading
+
+    from guardbench.data.dataset import load_split
+    from guardbench.progress import Progress
+
+    def load():
+        begun = resident()
+        split = load_split(
+            "imagenet", "train", resolution=resolution, data_dir=root / contestant,
+            cache_dir=root / "cache" / contestant, progress=Progress(),
+        )  # fmt: skip
+        return begun, resident(), split.digest, len(split)
+
+    if contestant != "bare":
+        return load
+    files = sorted(str(path) for path in (root / "folders").rglob("*.JPEG"))
+    cores = len(os.sched_getaffinity(0))
+
+    def bare():
+        with ThreadPoolExecutor(cores) as pool:
+            shares = [files[core::cores] for core in range(cores)]
+            list(pool.map(decode, shares, [resolution] * cores))
+
+    return bare
+
+
+def decode(files, resolution):
+    for file in files:
+        short_side_centre(read_image(Path(file)), resolution, 3)
+
+
+def prepare_read(root, container, resolution):
+    """Every image of a finished cache once, in a random order, as batches: an epoch's reading."""
+    import torch
+
+    from guardbench.data.dataset import load_split
+    from guardbench.progress import Progress
+
+    split = load_split(
+        "imagenet", "train", resolution=resolution, data_dir=root / container,
+        cache_dir=root / "cache" / container, progress=Progress(),
+    )  # fmt: skip
+
+    def read():
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+        for picked in torch.split(order, BATCH):
+            split.batch(picked)
+        return resident()
+
+    return read
+
+
+def resident():
+    """The largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main():
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("--images", type=int, default=100_000)
+    words.add_argument(
+        "--side", type=int, default=256, help="of the JPEGs; the longer one is 4/3 of it"
+    )
+    words.add_argument("--resolution", type=int, default=224)
+    words.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    args = words.parse_args()
+    with tempfile.TemporaryDirectory(prefix="guardbench-loader-", dir=args.folder) as name:
+        root, begun = Path(name), time.perf_counter()
+        size = make(root, args.images, args.side)
+        print(
+            f"{args.images} JPEGs of {size / 1e3:.0f} kB in 1,000 classes, made in "
+            f"{time.perf_counter() - begun:.0f} s; {len(os.sched_getaffinity(0))} cores, {args.resolution} px"
+        )
+        digests = set()
+        for container in CONTAINERS:
+            found = in_turns(
+                prepare,
+                {
+                    container: (container, root, args.resolution),
+                    "bare": ("bare", root, args.resolution),
+                },
+            )
+            (before, peak, digest, count), seconds = found[container]
+            bare = found["bare"][1]
+            reading = in_turns(prepare_read, {"read": (root, container, args.resolution)})["read"]
+            digests.add(digest)
+            print(
+                f"{container:8s} {count / seconds:6.0f} images/s, {bare / seconds:.2f} of the bare loop's "
+                f"{count / bare:.0f}; resident at most {peak / 1e6:.0f} MB ({before / 1e6:.0f} before); "
+                f"batches at {count / reading[1]:.0f} images/s, at most {reading[0] / 1e6:.0f} MB"
+            )
+            for file in (root / "cache" / container / "datasets").iterdir():
+                file.unlink()
+        print("one digest" if len(digests) == 1 else f"DIGESTS DIFFER: {digests}")
+
+
+if __name__ == "__main__":
+    main()
