@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -220,15 +221,11 @@ class _Build:
 
     def _decode(self, left: Sequence[Shard], stream: BinaryIO) -> Generator[Block]:
         """The images of the shards that are left; a shard goes to the journal when its last is behind."""
-        current, first, saved, seen = 0, len(self.ids), time.monotonic(), set(self.ids)
+        first, saved, seen = len(self.ids), time.monotonic(), set(self.ids)
+        saver = ThreadPoolExecutor(1)  # so that nobody waits for the disk
+        saving: Future[None] | None = None
         try:
             for block in decoded(left, self.resolution, self.source.channels):
-                while current < block.shard:
-                    first = self._close(left[current], first)
-                    current += 1
-                if time.monotonic() - saved > _JOURNAL_EVERY_S:
-                    self._flush(stream)
-                    saved = time.monotonic()
                 for item in block.items:
                     if item.id in seen:
                         raise GuardbenchError(
@@ -236,24 +233,34 @@ class _Build:
                         )
                     seen.add(item.id)
                 yield block
-            while current < len(left):
-                first = self._close(left[current], first)
-                current += 1
+                if block.last:
+                    first = self._close(left[block.shard], first)
+                if time.monotonic() - saved > _JOURNAL_EVERY_S and (not saving or saving.done()):
+                    saving, saved = self._flush(stream, saver, saving), time.monotonic()
         finally:
-            self._flush(stream)
+            self._flush(stream, saver, saving).result()
+            saver.shutdown()
 
     def _close(self, shard: Shard, first: int) -> int:
         words = {"shard": self._name(shard), "ids": self.ids[first:], "labels": self.labels[first:]}
         self.unsaved.append(json.dumps(words) + "\n")
         return len(self.ids)
 
-    def _flush(self, stream: BinaryIO) -> None:
+    def _flush(
+        self, stream: BinaryIO, saver: ThreadPoolExecutor, before: Future[None] | None
+    ) -> Future[None]:
         """Puts the rows on the disk and then, in the journal, the shards that they are of."""
-        if self.unsaved:
-            stream.flush()
-            os.fsync(stream.fileno())
-            self._save(self.unsaved)
-            self.unsaved = []
+        if before is not None:
+            before.result()
+        stream.flush()
+        lines, self.unsaved = self.unsaved, []
+
+        def save() -> None:
+            if lines:
+                os.fsync(stream.fileno())
+                self._save(lines)
+
+        return saver.submit(save)
 
     def _save(self, lines: Sequence[str]) -> None:
         with self.journal.open("a", encoding="utf-8", newline="\n") as stream:

@@ -24,10 +24,11 @@ _MOST_THREADS = 16
 
 
 class Block(NamedTuple):
-    """Neighbours of one shard: its number, the items, and their pixels, uint8 [n, C, R, R]."""
+    """Neighbours of one shard: its number, the items, whether they end it, uint8 pixels [n, C, R, R]."""
 
     shard: int
     items: list[Item]
+    last: bool
     pixels: npt.NDArray[np.uint8]
 
 
@@ -71,44 +72,50 @@ def decoded(shards: Sequence[Shard], resolution: int, channels: int) -> Iterator
 
     coming = _grouped(shards, size)
     failure: GuardbenchError | None = None
-    pending: deque[tuple[int, list[Item], Future[npt.NDArray[np.uint8]]]] = deque()
+    pending: deque[tuple[_Group, Future[npt.NDArray[np.uint8]]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
             while True:
                 while failure is None and len(pending) <= 2 * workers:
-                    number, items, failure = next(coming, (0, [], None))
-                    if not items:
+                    group = next(coming, None)
+                    if group is None:
                         break
-                    pending.append((number, items, pool.submit(work, items)))
+                    failure = group.failure
+                    pending.append((group, pool.submit(work, group.items)))
                 if not pending:
                     break
-                number, items, future = pending.popleft()
-                yield Block(number, items, future.result())
+                group, future = pending.popleft()
+                yield Block(group.shard, group.items, group.last, future.result())
         finally:
-            for *_, future in pending:
+            for _, future in pending:
                 future.cancel()
     if failure is not None:
         raise failure  # when all that was read before it is done
 
 
-def _grouped(
-    shards: Sequence[Shard], size: int
-) -> Iterator[tuple[int, list[Item], GuardbenchError | None]]:
-    """The items of each shard by `size`, and what stopped the reading."""
-    items: list[Item] = []
+class _Group(NamedTuple):
+    """What becomes a block, and what stopped the reading behind it."""
+
+    shard: int
+    items: list[Item]
+    last: bool
+    failure: GuardbenchError | None
+
+
+def _grouped(shards: Sequence[Shard], size: int) -> Iterator[_Group]:
+    """The items of each shard by `size`; a shard without any gives an empty group."""
     for number, shard in enumerate(shards):
+        items: list[Item] = []
         try:
             for item in shard.items():
-                items.append(item)
                 if len(items) == size:
-                    yield number, items, None
+                    yield _Group(number, items, False, None)
                     items = []
+                items.append(item)
         except GuardbenchError as error:
-            yield number, items, error
+            yield _Group(number, items, False, error)
             return
-        if items:
-            yield number, items, None
-            items = []
+        yield _Group(number, items, True, None)
 
 
 def _cores() -> int:
