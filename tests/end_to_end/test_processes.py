@@ -128,10 +128,3 @@ def test_a_process_that_dies_is_told_and_the_run_goes_on_without_it(alone: Path)
     record = the_record(alone / "three")
     assert next(c for c in record.cost if c.stage == "squeeze").shared, "it was finished"
     assert share_apart(the_record(alone / "one"), record) <= APART
-
-
-def test_too_many_processes_for_a_batch_are_one_line(alone: Path) -> None:
-    few = ("--set", "squeeze.batch_size=1", "--output", "four", "--dry-run")
-    result = on_two("-m", "guardbench", *WORDS, *few, cwd=alone)
-    assert result.returncode != 0
-    assert "error: squeeze.batch_size 1: is too small for 2 processes" in result.stderr

@@ -51,6 +51,31 @@ def make_task(tmp_path, *, ipc: int = 2, squeeze: dict | None = None, **recover:
     )
 
 
+def test_more_processes_or_parts_than_images_of_a_batch_are_one_line(tmp_path) -> None:
+    task = make_task(tmp_path, squeeze={"batch_size": 8, "accumulate": 3})
+    SRe2L().plan(task)
+    task.run.processes.count = 3
+    with pytest.raises(GuardbenchError, match="batch_size 8: is too small for 3 processes"):
+        SRe2L().plan(task)
+
+
+def test_parts_of_a_batch_add_up_to_it() -> None:
+    def gradients(parts: list[slice]) -> list[torch.Tensor]:
+        # Without BN layers, whose statistics are of a part.
+        model = build_model("convnet-d3", channels=1, classes=10, resolution=8, seed=3).double()
+        x = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        y = torch.arange(7)
+        batches = [
+            Batch(model=model, images=x[rows], labels=y[rows], part=(7, rows)) for rows in parts
+        ]
+        value = _backward(build_regulariser({"kind": "gradient-norm", "weight": 0.3}, THREAT), batches)
+        return [value, *(p.grad for p in model.parameters())]
+
+    whole = gradients([slice(0, 7)])
+    for one, other in zip(whole, gradients([slice(0, 3), slice(3, 6), slice(6, 7)]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def load_digits():
     return load_split(
         "digits", "train", resolution=8, data_dir=None, cache_dir=None, progress=Progress()
