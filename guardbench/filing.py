@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from guardbench.errors import GuardbenchError
-from guardbench.leaderboard import board_path, build_workspace_boards, rebuild, write
+from guardbench.leaderboard import alone_at, board_path, build_workspace_boards, rebuild, write
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.record_files import save_record
 from guardbench.records import ResultRecord
@@ -66,7 +66,8 @@ def file_record(record: ResultRecord, place: Place, warn: Callable[[str], None])
         folder = place.checkout / place.area / place.name / "results" / record.protocol
         paths["published"] = folder / f"ipc{record.ipc}{place.mark}.json"
         save_record(paths["published"], record)
-        write(place.checkout, rebuild(place.checkout))
+        with alone_at(place.checkout):
+            write(place.checkout, rebuild(place.checkout))
         paths["public board"] = place.checkout / board
     return paths
 

@@ -235,11 +235,10 @@ def execute(plan: Plan) -> Finished:
             require_complete(train)
         if not plan.decoded:  # the stages' keys hold the images' digests, known only now
             plan = make_plan(settings, run.progress)
-        done = [stage.folder.finished() is not None for stage in plan.distilling]
         distilled = plan.distiller.distill(plan.task, train)
         costs = [
-            stage_cost(stage.folder.finished() or {}, shared=shared)
-            for stage, shared in zip(plan.distilling, done, strict=True)
+            stage_cost(stage.folder.finished() or {}, shared=stage.folder.reused)
+            for stage in plan.distilling
         ]
         seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, train, test)
         record = ResultRecord(

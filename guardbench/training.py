@@ -65,9 +65,13 @@ _SHAPES_VIEWS = {"epochs", "batch_size", "crop_scale", "flip", "cutmix"}
 
 def relabel(run: Run, distilled: DistilledDataset, student: Student, stage: PlannedStage) -> None:
     """Stores the teacher's logits on every view as float16 [epochs, N, K], in the views' order."""
-    folder, teacher = stage.folder, distilled.teacher
-    if folder.finished() is not None:
-        return
+    with stage.folder.claimed() as stored:
+        if stored is None:
+            _relabel(run, distilled, student, stage.folder)
+
+
+def _relabel(run: Run, distilled: DistilledDataset, student: Student, folder: StageFolder) -> None:
+    teacher = distilled.teacher
     assert teacher is not None, "only a teacher labels views"
     teacher.to(run.device).eval()
     images = distilled.images.to(run.device)
@@ -119,13 +123,14 @@ def train_student(
         resolution=distilled.manifest.resolution,
         seed=run.generator("student", "init", seed).initial_seed(),
     )
-    if folder.finished() is None:
-        logits = None
-        if labels is not None:
-            logits = load_file(labels.folder.path / LABELS)["logits"]
-        _train(run, distilled, student, seed, folder, model.to(run.device), logits)
-        save_weights(model, folder.path / STUDENT)
-        folder.finish(run.device, (STUDENT,))
+    with folder.claimed() as stored:
+        if stored is None:
+            logits = None
+            if labels is not None:
+                logits = load_file(labels.folder.path / LABELS)["logits"]
+            _train(run, distilled, student, seed, folder, model.to(run.device), logits)
+            save_weights(model, folder.path / STUDENT)
+            folder.finish(run.device, (STUDENT,))
     load_weights(model, folder.path / STUDENT)
     return model.to(run.device).eval().requires_grad_(False)
 

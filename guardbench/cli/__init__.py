@@ -21,6 +21,7 @@ from guardbench.cli.push import push
 from guardbench.cli.run import run
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
+from guardbench.interrupts import heard
 
 app = typer.Typer(
     name="guardbench",
@@ -64,14 +65,12 @@ def _options(
 
 
 def main() -> None:
-    """The entry point: bad input is one line and exit code 2; Typer exits with 130 on an interrupt."""
-    try:
-        app()
-    except GuardbenchError as error:
-        from guardbench.records import printable
+    """The entry point: bad input is one line and exit code 2; a signal is one line and 130 or 143."""
+    with heard():
+        try:
+            app()
+        except GuardbenchError as error:
+            from guardbench.records import printable
 
-        typer.echo(f"error: {printable(str(error), 4000)}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:  # where Typer does not see it, as while it ends a command
-        typer.echo("interrupted; run the same command again to go on from here", err=True)
-        sys.exit(130)
+            typer.echo(f"error: {printable(str(error), 4000)}", err=True)
+            sys.exit(2)

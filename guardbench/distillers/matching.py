@@ -90,9 +90,10 @@ class DC:
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""
         folder = _folder(task)
-        if folder.finished() is not None:
-            return load_distilled(folder.path / "distilled")
-        return _GradientMatching(task, train, siamese=self.siamese).run(folder)
+        with folder.claimed() as stored:
+            if stored is None:
+                return _GradientMatching(task, train, siamese=self.siamese).run(folder)
+        return load_distilled(folder.path / "distilled")
 
 
 class DSA(DC):

@@ -79,10 +79,11 @@ def squeeze(task: Task, params: Squeeze, train: RealDataset) -> Classifier:
     """
     run, folder = task.run, squeeze_folder(task, params)
     model = fresh_teacher(task, params)
-    if folder.finished() is None:
-        _train_teacher(task, train, model.to(run.device), params, folder)
-        save_weights(model, folder.path / TEACHER)
-        folder.finish(run.device, (TEACHER,))
+    with folder.claimed() as stored:
+        if stored is None:
+            _train_teacher(task, train, model.to(run.device), params, folder)
+            save_weights(model, folder.path / TEACHER)
+            folder.finish(run.device, (TEACHER,))
     load_weights(model, folder.path / TEACHER)
     return model.to(run.device).eval().requires_grad_(False)
 

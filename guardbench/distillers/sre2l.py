@@ -123,11 +123,15 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
     Args:
         teacher: in eval mode.
     """
-    params, run = read_params(task, Params).recover, task.run
     folder = _recover_folder(task)
-    artifact = folder.path / "distilled"
-    if folder.finished() is not None:
-        return load_distilled(artifact)
+    with folder.claimed() as stored:
+        if stored is None:
+            return _recover(task, teacher, folder)
+    return load_distilled(folder.path / "distilled")
+
+
+def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledDataset:
+    params, run = read_params(task, Params).recover, task.run
     groups = _groups(len(task.classes), task.ipc, params)
     chunks = _chunks(groups, params.images_a_batch)
     done: list[Tensor] = []
@@ -146,7 +150,7 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
     labels = torch.tensor([label for group in groups for label in group.labels])
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
     distilled = save_distilled(
-        artifact,
+        folder.path / "distilled",
         images=images[order],
         hard=labels[order],
         teacher=teacher,
