@@ -212,10 +212,11 @@ class Costs:
     @contextmanager
     def of(self, stage: PlannedStage) -> Iterator[None]:
         """Notes the cost of a stage that finishes inside."""
+        shared = stage.folder.finished() is not None
         yield
         stored = stage.folder.finished()
         assert stored is not None, stage.folder.name
-        self.found.append(stage_cost(stored, shared=stage.folder.reused))
+        self.found.append(stage_cost(stored, shared=shared or stage.folder.reused))
         if "searched" in stored:
             self.searched.add(stored["searched"])
 

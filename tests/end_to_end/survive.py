@@ -1,13 +1,13 @@
 """A run that is struck by signals at random moments, and resumed after each; see test_survival.py.
 
-    python survive.py FOLDER SEED KILLS STOPS WORD...
+    python survive.py FOLDER SEED KILLS STOPS WORD... -- MORE...
 
-Runs `guardbench WORD...` in FOLDER/whole, unbroken; in FOLDER/kill-0 until SIGKILL has struck it so often;
-in FOLDER/stop-0 until SIGINT and SIGTERM, by turns, have. Half of the moments are drawn evenly over the time
-of the unbroken run, half evenly over its stages, which are of very different length: a stage, and a moment of
-the time that it took. Processes are forks of this one, which has imported everything, so that each costs
-tenths of a second; every one begins with another state of the global random generators. Prints one JSON
-object.
+Runs `guardbench WORD...` in FOLDER/whole, unbroken; in FOLDER/kill-0 until SIGKILL has struck it so often; in
+FOLDER/stop-0 until SIGINT and SIGTERM, by turns, have; and in FOLDER/together beside one with `MORE...`. Half
+of the moments are drawn evenly over the time of the unbroken run, half evenly over its stages, which are of
+very different length: a stage, and a moment of the time that it took. Processes are forks of this one, which
+has imported everything, so that each costs tenths of a second; every one begins with another state of the
+global random generators. Prints one JSON object.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from guardbench.figures import new_figure, save_png
 from guardbench.interrupts import heard
 from guardbench.progress import Progress, Stage
 from guardbench.record_files import load_record
+from guardbench.records import ResultRecord
 
 
 class Process:
@@ -115,9 +116,13 @@ def _run(folder: Path, words: list[str], number: int, every: float, reports: int
     return 0
 
 
+def records_of(folder: Path) -> list[ResultRecord]:
+    return [load_record(p) for p in sorted(folder.glob("guardbench-runs/records/*/*/*.json"))]
+
+
 def digest_of(folder: Path) -> str:
-    (path,) = folder.glob("guardbench-runs/records/*/*/*.json")
-    return load_record(path).result_sha256
+    (record,) = records_of(folder)
+    return record.result_sha256
 
 
 Moment = tuple[str, float]
@@ -137,9 +142,9 @@ class Survival:
         self.names = [name for name, _ in whole.stages]
         self.took = [b - a for a, b in zip(starts, [*starts[1:], time.monotonic()], strict=True)]
 
-    def start(self, name: str, every: float) -> Process:
+    def start(self, name: str, every: float, more: Sequence[str] = ()) -> Process:
         self.number += 1
-        return Process(self.folder / name, self.words, self.number, every)
+        return Process(self.folder / name, [*self.words, *more], self.number, every)
 
     def moments(self, count: int) -> list[Moment]:
         """In the order of the run."""
@@ -181,6 +186,22 @@ class Survival:
                 return struck
             workspace += 1
 
+    def together(self, more: list[str]) -> dict[str, Any]:
+        """Two at once in one workspace: the same command, and one with `more` words."""
+        folder = self.folder / "together"
+        both = [self.start("together", 1e9), self.start("together", 1e9, more)]
+        codes = [os.waitstatus_to_exitcode(process.end()) for process in both]
+        records = records_of(folder)
+        (board,) = folder.glob("guardbench-runs/leaderboards/*/ipc*.json")
+        return {
+            "codes": codes,
+            "errors": [process.said() for process in both],
+            "said": [process.log.read_text() for process in both],
+            "unbroken": self.digest in [record.result_sha256 for record in records],
+            "squeezed": [not c.shared for r in records for c in r.cost if c.stage == "squeeze"],
+            "rows": sum(len(rows) for rows in json.loads(board.read_text())["tracks"].values()),
+        }
+
     def reaches(self, process: Process, stage: str, share: float) -> bool:
         """Waits for a moment of a stage, or of what is left after it; False where the process has ended."""
         ahead = dict(zip(self.names, self.took, strict=True))
@@ -207,6 +228,8 @@ def prepare(words: list[str], folder: Path) -> None:
 
 if __name__ == "__main__":
     where, seed, kills, stops, *typed = sys.argv[1:]
+    split = typed.index("--")
+    typed, more = typed[:split], typed[split + 1 :]
     prepare(typed, Path(where))
     survival = Survival(Path(where), int(seed), typed)
     found = {
@@ -217,4 +240,5 @@ if __name__ == "__main__":
             "stop", [(signal.SIGTERM, signal.SIGINT)[k % 2] for k in range(int(stops))], 1e9
         ),
     }
+    found["together"] = survival.together(more)
     print(json.dumps(found))

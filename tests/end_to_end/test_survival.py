@@ -21,6 +21,7 @@ def struck(tmp_path_factory) -> dict[str, Any]:
     words = ["run", "--method", "guard", "--protocol", str(quick_protocol(folder)), "--ipc", "1",
              "--set", "squeeze.epochs=3", "--set", "recover.iterations=150"]  # fmt: skip
     command = [sys.executable, str(SCRIPT), str(folder), str(SEED), str(KILLS), str(STOPS), *words]
+    command += ["--", "--set", "recover.iterations=20"]
     environment = clean_environment() | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -58,3 +59,19 @@ def test_a_run_that_signals_stop_at_random_moments_does_too(struck) -> None:
         assert each["said"].count("\n") == 1, "one line and no traceback"
         assert "run the same command again" in each["said"]
     assert any("is saved" in each["said"] for each in struck["stops"])
+
+
+def test_two_runs_at_once_share_a_teacher_and_lose_no_row(struck) -> None:
+    found = struck["together"]
+    assert found["codes"] == [0, 0], found["errors"]
+    waited = [
+        line
+        for text in found["said"]
+        for line in text.splitlines()
+        if line.startswith("squeeze: waiting for another process that is at it: pid ")
+    ]
+    assert len(waited) == 1, "one waits for the other"
+    assert "guardbench run --method guard" in waited[0]
+    assert sorted(found["squeezed"]) == [False, True], "the teacher is built once"
+    assert found["unbroken"], "the result is that of a run alone"
+    assert found["rows"] == 2
