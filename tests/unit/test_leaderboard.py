@@ -22,6 +22,7 @@ from guardbench.cli.leaderboard import app
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import board_path, rebuild
+from guardbench.locks import locked
 from guardbench.methods import methods_folder
 from guardbench.ranking import EVALUATION_STAGES, RecordFile, build_leaderboard
 from guardbench.reassessment import Assessment, AssessmentFile
@@ -582,9 +583,14 @@ def test_of_two_runs_that_end_at_once_neither_row_is_lost(tmp_path, monkeypatch)
         if not threads:
             threads.append(threading.Thread(target=second))
             threads[0].start()
-            threads[0].join(0.5)  # it has all the time that it needs, unless it must wait
+            while threads[0].is_alive() and not waits.wait(0.01):
+                pass  # it has all the time that it needs, unless it must wait
         return found
 
+    waits = threading.Event()
+    monkeypatch.setattr(
+        leaderboard, "locked", lambda lock, _: locked(lock, lambda _holder: waits.set())
+    )
     monkeypatch.setattr(leaderboard, "read_records", slow)
     (board,) = leaderboard.build_workspace_boards(tmp_path, load=load)
     threads[0].join()
