@@ -244,9 +244,8 @@ def alone_at(root: Path) -> Iterator[None]:
     lock = root / FOLDER / ".lock"
     with ExitStack() as stack:
         with explained(lock):
-            stack.enter_context(
-                locked(lock, lambda _holder: None)
-            )  # for a moment: not worth a line
+            # Held for a moment: who has it is not worth a line.
+            stack.enter_context(locked(lock, lambda _holder: None))
         yield
 
 
