@@ -22,7 +22,7 @@ from guardbench.figures import new_figure, save_png
 from guardbench.imported import Imported
 from guardbench.metrics import wilson
 from guardbench.protocol import parse_fraction
-from guardbench.runtime import Run
+from guardbench.runtime import Run, StageFolder
 from guardbench.scoring import ENGINE_VERSION, attack_batch
 from guardbench.threat import Norm, ThreatModel
 
@@ -149,9 +149,22 @@ def stored_curve(
         "norm": norm, "radii": [str(eps) for eps in radii], "steps": STEPS, "batch": size,
     }  # fmt: skip
     folder = run.stage("curve", "curves", words)
-    stored = folder.finished()
-    if stored is not None:
-        return torch.tensor(stored["found"]), str(stored["cost"]["device"])
+    with folder.claimed() as stored:
+        if stored is None:
+            stored = _measured(run, folder, imported, x, y, norm, radii)
+    return torch.tensor(stored["found"]), str(stored["cost"]["device"])
+
+
+def _measured(
+    run: Run,
+    folder: StageFolder,
+    imported: Imported,
+    x: Images,
+    y: Tensor,
+    norm: Norm,
+    radii: Sequence[Fraction],
+) -> dict[str, Any]:
+    size = attack_batch(x.shape[-1])
     state = folder.begin(run.device)
 
     def keep(state: dict[str, Any]) -> None:
@@ -169,8 +182,7 @@ def stored_curve(
                 searched=searchable(imported.model, x[:8].to(run.device)),
                 batch_size=size, told=bar.advance, state=state, keep=keep,
             )  # fmt: skip
-    stored = folder.finish(run.device, found=found.tolist())
-    return found, str(stored["cost"]["device"])
+    return folder.finish(run.device, found=found.tolist())
 
 
 def points_of(found: Tensor, radii: Sequence[Fraction]) -> tuple[Point, ...]:

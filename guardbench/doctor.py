@@ -413,7 +413,7 @@ def _rate(model: nn.Module, where: torch.device, seconds: float, *, backward: bo
     """Images a second, after one batch that pays for the start."""
     import torch
 
-    images = torch.rand(BATCH, 3, SIDE, SIDE, device=where)
+    images = torch.rand(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(where)
     done, begun = 0, 0.0
     while not begun or time.perf_counter() - begun < seconds:
         with torch.set_grad_enabled(backward):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from guardbench.errors import GuardbenchError
-from guardbench.leaderboard import board_path, build_workspace_boards, rebuild, write
+from guardbench.leaderboard import alone_at, board_path, build_workspace_boards, rebuild, write
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.record_files import save_record
 from guardbench.records import ResultRecord
@@ -71,7 +71,8 @@ def file_record(record: ResultRecord, place: Place, warn: Callable[[str], None])
     if place.checkout is not None and published is not None:
         paths["published"] = published
         save_record(published, record)
-        write(place.checkout, rebuild(place.checkout))
+        with alone_at(place.checkout):
+            write(place.checkout, rebuild(place.checkout))
         paths["public board"] = place.checkout / board
     return paths
 

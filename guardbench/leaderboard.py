@@ -6,7 +6,8 @@ workspace; `write` brings what is on disk up to date. Nothing here reads a clock
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,12 +17,13 @@ from guardbench.board import Area, Board, Index, IndexEntry
 from guardbench.board_files import FOLDER, is_board
 from guardbench.ddranking import whole_set
 from guardbench.errors import GuardbenchError
+from guardbench.locks import locked
 from guardbench.ranking import BoardProtocol, RecordFile, build_leaderboard, mismatch
 from guardbench.reassessment import FOLDER as ASSESSMENTS
 from guardbench.reassessment import Assessment, AssessmentFile, assessed_path, load_assessment
 from guardbench.record_files import load_record, record_paths
 from guardbench.records import ResultRecord, Strict, printable
-from guardbench.store import write_text
+from guardbench.store import explained, write_text
 
 LINK_LIMIT = 400  # characters
 SCHEMAS: dict[str, type[Strict]] = {
@@ -220,9 +222,10 @@ def build_workspace_boards(
     Raises:
         GuardbenchError: a file cannot be read or written, or a record cannot stand on a board.
     """
-    files = read_records(workspace, "records/*/ipc*/*.json")
-    texts = _render(files, load or _load_protocol, warn)
-    write(workspace, texts)
+    with alone_at(workspace):
+        files = read_records(workspace, "records/*/ipc*/*.json")
+        texts = _render(files, load or _load_protocol, warn)
+        write(workspace, texts)
     return [workspace / path for path in texts if is_board(path.name)]
 
 
@@ -230,6 +233,20 @@ def stale_boards(root: Path, texts: Mapping[Path, str]) -> list[Path]:
     """Boards under `root` that no record supports."""
     found = (path.relative_to(root) for path in root.glob(f"{FOLDER}/*/*.json"))
     return sorted(path for path in found if is_board(path.name) and path not in texts)
+
+
+@contextmanager
+def alone_at(root: Path) -> Iterator[None]:
+    """Inside, no other process rebuilds the boards under `root`.
+
+    Of two runs that end at the same time, the one that had read fewer records must not write last.
+    """
+    lock = root / FOLDER / ".lock"
+    with ExitStack() as stack:
+        with explained(lock):
+            # Held for a moment: who has it is not worth a line.
+            stack.enter_context(locked(lock, lambda _holder: None))
+        yield
 
 
 def write(root: Path, texts: Mapping[Path, str]) -> list[str]:

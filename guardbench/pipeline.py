@@ -236,11 +236,10 @@ def execute(plan: Plan) -> Finished:
             plan = make_plan(settings, run.progress)
         if settings.log_with:
             run.accelerator.init_trackers(f"{plan.method.name}-{protocol.id}-ipc{settings.ipc}")
-        done = [stage.folder.finished() is not None for stage in plan.distilling]
         distilled = plan.distiller.distill(plan.task, train)
         costs = [
-            stage_cost(stage.folder.finished() or {}, shared=shared)
-            for stage, shared in zip(plan.distilling, done, strict=True)
+            stage_cost(stage.folder.finished() or {}, shared=stage.folder.reused)
+            for stage in plan.distilling
         ]
         seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, train, test)
         record = ResultRecord(
@@ -342,8 +341,8 @@ def _images_per_second(
         arch, channels=info.channels, classes=info.num_classes, resolution=resolution, seed=0
     ).to(device)
     count = 64 if resolution <= 64 else 16
-    images = torch.rand(count, info.channels, resolution, resolution)
-    images = images.to(device)
+    shape = (count, info.channels, resolution, resolution)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     rate = 0.0
     for _ in range(3):  # the first pass pays for initialisation
         begun = time.perf_counter()

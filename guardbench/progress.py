@@ -102,6 +102,11 @@ class Progress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
 
+    def say(self, text: str) -> None:
+        """One line between stages."""
+        if self.console is not None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     @contextmanager
     def stage(self, name: str, total: int, unit: str = "steps", done: int = 0) -> Iterator[Stage]:
         """Opens a stage of `total` units of which `done` were finished by an earlier run."""

@@ -16,7 +16,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +29,13 @@ from accelerate.utils import InitProcessGroupKwargs  # type: ignore[import-untyp
 from torch import Tensor
 
 import guardbench
-from guardbench import canonical
+from guardbench import canonical, interrupts, locks
 from guardbench.errors import GuardbenchError, brief
 from guardbench.processes import HOURS_TO_WAIT, Processes
 from guardbench.progress import Progress
 from guardbench.protocol import unknown
 from guardbench.records import StageCost
-from guardbench.store import write_bytes, write_text
+from guardbench.store import explained, write_bytes, write_text
 
 TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -191,12 +191,17 @@ class StageFolder:
         words: everything that shaped its result; `key` is their digest.
         processes: of the run. Its first one reads and writes the folder and tells the others, so each
             method must be called by all of them.
+        say: where a line goes that the user should see.
+        made: the keys of the stages that this run has finished itself.
     """
 
     name: str
     path: Path
     words: Mapping[str, Any]
     processes: Processes
+    say: Callable[[str], None]
+    made: set[str]
+    _alone: bool = field(default=False, init=False)
     _begun: float = field(default=0.0, init=False)
     _spent: float = field(default=0.0, init=False)
     _saved: float = field(default=0.0, init=False)
@@ -215,6 +220,35 @@ class StageFolder:
         """Where the unfinished stage keeps its state."""
         return self.path / "checkpoint.pt"
 
+    @property
+    def reused(self) -> bool:
+        """Whether what it left is of an earlier run, or of another one at the same time."""
+        return self.key not in self.made
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[dict[str, Any] | None]:
+        """Gives what `finish` stored, or None when the stage is left to the block, and to it alone.
+
+        Waits while another process is at it, says who that is, and then reads what it has left. Inside,
+        a signal waits for the next checkpoint (`interrupts.inside_stage`).
+        """
+        stored = self.finished()
+        if stored is not None:
+            yield stored
+            return
+        with contextlib.ExitStack() as stack:
+            if self.processes.main:
+                lock = self.path / ".lock"
+                with explained(lock):
+                    self._alone = stack.enter_context(locks.locked(lock, self._waiting))
+            stored = self.finished()
+            if stored is None:
+                stack.enter_context(interrupts.inside_stage(self.name))
+            yield stored
+
+    def _waiting(self, holder: str) -> None:
+        self.say(f"{self.name}: waiting for another process that is at it: {holder}")
+
     def finished(self) -> dict[str, Any] | None:
         """What `finish` stored, or None when the stage has not ended."""
         return self.processes.from_main(self._finished)
@@ -225,46 +259,61 @@ class StageFolder:
             return None
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
+            seal = stored.pop("seal", None)  # older ones have none
+            if seal not in (None, canonical.digest(stored)):
+                raise ValueError("it has changed since it was written")
             if stored["key"] != self.key:
                 raise ValueError("it belongs to another stage")
             for name, sha in stored["files"].items():
                 if canonical.file_digest(self.path / name) != sha:
                     raise ValueError(f"{name} has changed since it was written")
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise GuardbenchError(
                 f"{path}: {error}; delete the folder and run again to rebuild it."
             ) from error
         return dict(stored)
 
     def begin(self, device: torch.device) -> dict[str, Any] | None:
-        """Starts the clock; returns the last checkpoint of an earlier, unfinished run, if any."""
+        """Starts the clock; returns the last checkpoint of an earlier, unfinished run, if any.
+
+        One that is damaged is set aside with a line, and the stage begins anew.
+        """
         self._begun = self._saved = time.monotonic()
         self._meter = MemoryMeter(device)
         found = self.processes.from_main(self._last_checkpoint)
         if found is None:
             return None
-        self._spent = float(found["seconds"])
-        return dict(found["state"])
+        self._spent, state = found
+        return state
 
-    def _last_checkpoint(self) -> dict[str, Any] | None:
-        for part in self.path.glob(".*.part"):  # of a run that was killed while it wrote
-            part.unlink(missing_ok=True)
+    def _last_checkpoint(self) -> tuple[float, dict[str, Any]] | None:
+        if self._alone:
+            for part in self.path.rglob(".*.part"):  # of a run that was killed while it wrote
+                part.unlink(missing_ok=True)
         if not self.checkpoint_path.is_file():
             return None
         try:
-            found: dict[str, Any] = torch.load(
-                self.checkpoint_path, map_location="cpu", weights_only=True
+            return self._read_checkpoint()
+        except ValueError as error:
+            aside = self.checkpoint_path.with_suffix(".damaged")
+            with explained(aside):
+                self.checkpoint_path.replace(aside)
+            self.say(
+                f"{self.checkpoint_path}: unreadable checkpoint ({error}); set aside as {aside.name}, "
+                f"and {self.name} begins anew"
             )
-            if found["key"] != self.key:
+            return None
+
+    def _read_checkpoint(self) -> tuple[float, dict[str, Any]]:
+        try:
+            stored = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            if stored["key"] != self.key:
                 raise ValueError("it belongs to another stage")
+            return float(stored["seconds"]), dict(stored["state"])
         # Broad on purpose: torch's restricted unpickler raises struct.error, IndexError and more for
         # damaged bytes, no list of them is complete, and each means the same to the user.
         except Exception as error:
-            raise GuardbenchError(
-                f"{self.checkpoint_path}: unreadable checkpoint "
-                f"({brief(error)}); delete it to restart this stage."
-            ) from error
-        return found
+            raise ValueError(brief(error)) from error
 
     @property
     def seconds(self) -> float:
@@ -272,12 +321,15 @@ class StageFolder:
         return self._spent + time.monotonic() - self._begun
 
     def due(self) -> bool:
-        """Whether the last checkpoint is old enough to be worth another, at most a twentieth of the time."""
+        """Whether the last checkpoint is old enough to be worth another, at most a twentieth of the time.
+
+        Or whether a signal asks for one.
+        """
         self._calls += 1
         if self._calls < self._ask_at:
             return False
         elapsed = time.monotonic() - self._saved
-        old = elapsed > CHECKPOINT_EVERY_S * max(1.0, self._took)
+        old = interrupts.wanted() or elapsed > CHECKPOINT_EVERY_S * max(1.0, self._took)
         if self.processes.count > 1:
             # A message a step would slow down short ones, so the next is a second away.
             rate = int(self._calls / max(time.monotonic() - self._begun, 1e-3))
@@ -286,12 +338,19 @@ class StageFolder:
         return old
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Writes tensors and plain values from which `begin` can go on; those of the first process."""
+        """Writes tensors and plain values from which `begin` can go on; those of the first process.
+
+        Raises:
+            interrupts.Interrupted: a signal asked for the checkpoint, and it is written.
+        """
         begun = time.monotonic()
-        if self.processes.main:
-            buffer = io.BytesIO()
-            torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
-            write_bytes(self.checkpoint_path, buffer.getvalue())
+        # torch's writer in C++ is called back, and an error there is fatal.
+        with interrupts.unbroken():
+            if self.processes.main:
+                buffer = io.BytesIO()
+                torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
+                write_bytes(self.checkpoint_path, buffer.getvalue())
+            interrupts.stop(f"{self.name} is saved")
         self._saved = time.monotonic()
         self._took = self._saved - begun
 
@@ -309,7 +368,9 @@ class StageFolder:
             "peak_memory_bytes": max(self.processes.collect(self._meter.peak())),
             "device": self.processes.times(device_name(device)),
         }
-        return self.processes.from_main(lambda: self._finish(files, cost, facts))
+        stored = self.processes.from_main(lambda: self._finish(files, cost, facts))
+        self.made.add(self.key)
+        return stored
 
     def _finish(
         self, files: tuple[str, ...], cost: Mapping[str, Any], facts: Mapping[str, Any]
@@ -321,7 +382,8 @@ class StageFolder:
             "cost": cost,
             **facts,
         }
-        write_text(self.path / "stage.json", canonical.dumps(stored))
+        seal = canonical.digest(json.loads(canonical.dumps(stored)))
+        write_text(self.path / "stage.json", canonical.dumps({**stored, "seal": seal}))
         self.checkpoint_path.unlink(missing_ok=True)
         return stored
 
@@ -333,12 +395,17 @@ def stage_cost(stored: Mapping[str, Any], *, shared: bool) -> StageCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every stage needs to know about the run that it belongs to."""
+    """What every stage needs to know about the run that it belongs to.
+
+    Attributes:
+        made: the keys of the stages that it has finished.
+    """
 
     accelerator: Accelerator
     workspace: Path
     seed: int
     progress: Progress
+    made: set[str] = field(default_factory=set)
 
     @cached_property
     def processes(self) -> Processes:
@@ -366,7 +433,8 @@ class Run:
         what another version made.
         """
         made_by = {"guardbench": guardbench.__version__, "torch": torch.__version__}
-        folder = StageFolder(name, Path(), {**words, "made_by": made_by}, self.processes)
+        words = {**words, "made_by": made_by}
+        folder = StageFolder(name, Path(), words, self.processes, self.progress.say, self.made)
         folder.path = self.workspace / kind / folder.key[:16]
         return folder
 

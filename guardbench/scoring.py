@@ -38,7 +38,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
-from guardbench.runtime import Run, bf16_gains, seeded, stage_cost
+from guardbench.runtime import Run, StageFolder, bf16_gains, seeded, stage_cost
 from guardbench.tier import measured
 
 ENGINE_VERSION = 3
@@ -217,7 +217,7 @@ class Costs:
         for stage, shared in zip(stages, before, strict=True):
             stored = stage.folder.finished()
             assert stored is not None, stage.folder.name
-            self.found.append(stage_cost(stored, shared=shared))
+            self.found.append(stage_cost(stored, shared=shared or stage.folder.reused))
             if "searched" in stored:
                 self.searched.add(stored["searched"])
 
@@ -247,13 +247,16 @@ def score(
     fast = search_model(model, x[:8].to(run.device), plan.search) if left else (model, plan.search)
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
-        with costs.of(stage):
+        with costs.of(stage), stage.folder.claimed() as stored:
             before = {
                 each.name: outcomes[each.name] for each in taken_over(protocol, spec, plan.engine)
             }
-            outcomes[spec.name] = _attack(
-                run, protocol, spec, plan, stage, model, *fast, x, y, clean, before, steady=steady,
-            )  # fmt: skip
+            if stored is None:
+                stored = _attack(
+                    run, protocol, spec, plan, stage.folder, model, *fast, x, y, clean, before,
+                    steady=steady,
+                )  # fmt: skip
+            outcomes[spec.name] = Outcome.model_validate(stored["outcome"])
     scored = SeedRun(seed=plan.seed, clean=clean, attacks=outcomes)
     return scored.model_copy(update={"checks": {**checks, **judge(scored, protocol)}})
 
@@ -294,16 +297,16 @@ def attack_batch(resolution: int) -> int:
 
 def _score(run: Run, model: nn.Module, x: Images, y: Tensor, stage: PlannedStage) -> Outcome:
     folder = stage.folder
-    stored = folder.finished()
-    if stored is None:
-        folder.begin(run.device)
-        with run.progress.stage(folder.name, len(x), "images") as bar:
-            mine = run.processes.share(len(x))
-            found = score_clean(model, x[mine], y[mine], batch_size=attack_batch(x.shape[-1]))
-            right = torch.cat(run.processes.collect(found))
-            bar.advance(len(x), f"{100 * right.float().mean():.1f}% right")
-        outcome = Outcome.from_flags(right.tolist())
-        stored = folder.finish(run.device, outcome=outcome.model_dump(mode="json"))
+    with folder.claimed() as stored:
+        if stored is None:
+            folder.begin(run.device)
+            with run.progress.stage(folder.name, len(x), "images") as bar:
+                mine = run.processes.share(len(x))
+                found = score_clean(model, x[mine], y[mine], batch_size=attack_batch(x.shape[-1]))
+                right = torch.cat(run.processes.collect(found))
+                bar.advance(len(x), f"{100 * right.float().mean():.1f}% right")
+            outcome = Outcome.from_flags(right.tolist())
+            stored = folder.finish(run.device, outcome=outcome.model_dump(mode="json"))
     return Outcome.model_validate(stored["outcome"])
 
 
@@ -317,26 +320,26 @@ def _inspect(
     clean: Outcome,
 ) -> dict[str, Check]:
     folder = plan.checks.folder
-    stored = folder.finished()
-    if stored is None:
-        folder.begin(run.device)
-        right = torch.tensor(clean.flags()).nonzero().squeeze(1)[:IMAGES]
-        with run.progress.stage(folder.name, len(right), "images") as bar:
-            found = run.processes.from_main(
-                lambda: inspect(
-                    model,
-                    x[right].to(run.device),
-                    y[right].to(run.device),
-                    protocol.threat.model,
-                    seed=derive_seed(plan.seed, "checks"),
+    with folder.claimed() as stored:
+        if stored is None:
+            folder.begin(run.device)
+            right = torch.tensor(clean.flags()).nonzero().squeeze(1)[:IMAGES]
+            with run.progress.stage(folder.name, len(right), "images") as bar:
+                found = run.processes.from_main(
+                    lambda: inspect(
+                        model,
+                        x[right].to(run.device),
+                        y[right].to(run.device),
+                        protocol.threat.model,
+                        seed=derive_seed(plan.seed, "checks"),
+                    )
                 )
-            )
-            raised = [name for name, check in found.items() if check.flagged]
-            bar.advance(
-                len(right), f"flagged: {', '.join(raised)}" if raised else "nothing flagged"
-            )
-        words = {name: check.model_dump(mode="json") for name, check in found.items()}
-        stored = folder.finish(run.device, checks=words)
+                raised = [name for name, check in found.items() if check.flagged]
+                bar.advance(
+                    len(right), f"flagged: {', '.join(raised)}" if raised else "nothing flagged"
+                )
+            words = {name: check.model_dump(mode="json") for name, check in found.items()}
+            stored = folder.finish(run.device, checks=words)
     return {name: Check.model_validate(words) for name, words in stored["checks"].items()}
 
 
@@ -356,7 +359,7 @@ def _attack(
     protocol: Protocol,
     spec: AttackSpec,
     plan: ScoringPlan,
-    stage: PlannedStage,
+    folder: StageFolder,
     model: nn.Module,
     fast: nn.Module,
     precision: Precision,
@@ -366,12 +369,8 @@ def _attack(
     before: Mapping[str, Outcome],
     *,
     steady: bool,
-) -> Outcome:
+) -> dict[str, Any]:
     """Attacks the images that are right when clean and in the columns `before`, which it takes over."""
-    folder = stage.folder
-    stored = folder.finished()
-    if stored is not None:
-        return Outcome.model_validate(stored["outcome"])
     attack = _built(protocol, spec, plan.engine)
     if isinstance(attack, AutoAttack) and before:
         done = [each for each in protocol.attacks if each.name in before]
@@ -435,5 +434,4 @@ def _attack(
     facts: dict[str, Any] = {"outcome": result.model_dump(mode="json")}
     if plan.sample is not None:
         facts["searched"] = "fp32" if untouched else precision
-    folder.finish(run.device, **facts)
-    return result
+    return folder.finish(run.device, **facts)

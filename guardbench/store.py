@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
+from guardbench.interrupts import unbroken
 
 _REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.EFBIG, errno.EIO, errno.ESTALE,
 )  # fmt: skip
 
 
@@ -88,13 +90,13 @@ def write_bytes(target: Path, data: bytes) -> None:
     Writers of other libraries report a full disk in ways of their own, so what they make goes
     through memory and this function.
     """
-    with atomic_path(target) as part:
+    with unbroken(), atomic_path(target) as part:
         part.write_bytes(data)
 
 
 def write_text(target: Path, text: str, *, option: str = "--output") -> None:
     """Writes `text` as UTF-8 with Unix line ends, whole or not at all; `option` as in `atomic_path`."""
-    with atomic_path(target, option=option) as part:
+    with unbroken(), atomic_path(target, option=option) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -113,9 +115,17 @@ def read_text(path: Path, *, what: str, limit: int = 64 << 20) -> str:
 
 @contextmanager
 def explained(target: Path, *, option: str = "--output") -> Iterator[None]:
-    """Turns the operating system's refusal to write `target` into one line with the way out."""
+    """Turns the operating system's refusal to write `target` into one line with the way out.
+
+    So it does with a file or a folder that somebody has removed while it was needed.
+    """
     try:
         yield
+    except FileNotFoundError as error:
+        gone = error.filename or brief(error)
+        raise GuardbenchError(
+            f"{gone}: was removed while it was needed; run the same command again."
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise GuardbenchError(

@@ -9,6 +9,7 @@ mixes the pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -80,9 +81,13 @@ def relabel(run: Run, distilled: DistilledDataset, student: Student, stage: Plan
     Raises:
         GuardbenchError: there is no room for them.
     """
+    with stage.folder.claimed() as stored:
+        if stored is None:
+            _relabel(run, distilled, student, stage)
+
+
+def _relabel(run: Run, distilled: DistilledDataset, student: Student, stage: PlannedStage) -> None:
     folder, teacher = stage.folder, distilled.teacher
-    if folder.finished() is not None:
-        return
     assert teacher is not None, "only a teacher labels views"
     teacher.to(run.device).eval()
     images = placed(distilled.images, run.device)
@@ -153,25 +158,15 @@ def train_students(
         `stages`.
     """
     models = {seed: _fresh(run, distilled, student, seed) for seed in stages}
-    left = {seed: stage for seed, stage in stages.items() if stage.folder.finished() is None}
-    if left:
-        store = None if labels is None else label_store(distilled, student, labels)
-        folders = [stage.folder for stage in left.values()]
-        states = [folder.begin(run.device) for folder in folders]
-        mine = dict(enumerate(left)).get(run.processes.rank)
-        own = None
-        if mine is not None:
-            model = models[mine].to(run.device)
-            own = _Training(run, distilled, student, mine, left[mine].folder.name, model)
-            own.resume(states[run.processes.rank])
-        _train_side_by_side(run, student, folders, own, store)
-        trained = run.processes.collect(None if own is None else own.weights())
-        for (seed, stage), weights in zip(left.items(), trained, strict=False):
-            models[seed].load_state_dict(weights or {})
-            run.processes.from_main(
-                partial(save_weights, models[seed], stage.folder.path / STUDENT)
-            )
-            stage.folder.finish(run.device, (STUDENT,))
+    with ExitStack() as claims:
+        left = {
+            seed: stage.folder
+            for seed, stage in stages.items()
+            if claims.enter_context(stage.folder.claimed()) is None
+        }
+        if left:
+            store = None if labels is None else label_store(distilled, student, labels)
+            _train(run, distilled, student, {seed: models[seed] for seed in left}, left, store)
     return [
         load_trained(run, models[seed], stage.folder.path / STUDENT)
         for seed, stage in stages.items()
@@ -186,6 +181,30 @@ def _fresh(run: Run, distilled: DistilledDataset, student: Student, seed: int) -
         resolution=distilled.manifest.resolution,
         seed=run.generator("student", "init", seed).initial_seed(),
     )
+
+
+def _train(
+    run: Run,
+    distilled: DistilledDataset,
+    student: Student,
+    models: Mapping[int, Classifier],
+    folders: Mapping[int, StageFolder],
+    store: LabelStore | None,
+) -> None:
+    """Trains the students of the seeds of `folders`, one on each process, and keeps their weights."""
+    states = [folder.begin(run.device) for folder in folders.values()]
+    mine = dict(enumerate(folders)).get(run.processes.rank)
+    own = None
+    if mine is not None:
+        model = models[mine].to(run.device)
+        own = _Training(run, distilled, student, mine, folders[mine].name, model)
+        own.resume(states[run.processes.rank])
+    _train_side_by_side(run, student, [*folders.values()], own, store)
+    trained = run.processes.collect(None if own is None else own.weights())
+    for (seed, folder), weights in zip(folders.items(), trained, strict=False):
+        models[seed].load_state_dict(weights or {})
+        run.processes.from_main(partial(save_weights, models[seed], folder.path / STUDENT))
+        folder.finish(run.device, (STUDENT,))
 
 
 def _train_side_by_side(

@@ -24,6 +24,7 @@ from guardbench.cli.run import run
 from guardbench.cli.show import show
 from guardbench.cli.suite import suite
 from guardbench.errors import GuardbenchError, PeerError
+from guardbench.interrupts import heard
 
 app = typer.Typer(
     name="guardbench",
@@ -69,17 +70,15 @@ def _options(
 
 
 def main() -> None:
-    """The entry point: bad input is one line and exit code 2; Typer exits with 130 on an interrupt."""
-    try:
-        app()
-    except PeerError:
-        sys.exit(2)
-    except GuardbenchError as error:
-        from guardbench.records import printable
+    """The entry point: bad input is one line and exit code 2; a signal is one line and 130 or 143."""
+    with heard():
+        try:
+            app()
+        except PeerError:
+            sys.exit(2)
+        except GuardbenchError as error:
+            from guardbench.records import printable
 
-        who = f"process {process_rank()}: " if process_rank() else ""
-        typer.echo(f"{who}error: {printable(str(error), 4000)}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:  # where Typer does not see it, as while it ends a command
-        typer.echo("interrupted; run the same command again to go on from here", err=True)
-        sys.exit(130)
+            who = f"process {process_rank()}: " if process_rank() else ""
+            typer.echo(f"{who}error: {printable(str(error), 4000)}", err=True)
+            sys.exit(2)

@@ -106,15 +106,11 @@ def curve(
     x, y = test.select(order), test.labels[order]
     alike = {"protocol_sha256": chosen.digest, "norm": threat.norm, "steps": STEPS, "total": len(x)}
     require_alike(earlier, alike)
-    try:
-        with explained(run.workspace):
-            found, on = stored_curve(
-                run, imported, x, y, threat.norm, wanted,
-                test_digest=test.digest, images_digest=list_digest(test.ids[i] for i in order),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on from here", err=True)
-        raise typer.Exit(130) from None
+    with explained(run.workspace):
+        found, on = stored_curve(
+            run, imported, x, y, threat.norm, wanted,
+            test_digest=test.digest, images_digest=list_digest(test.ids[i] for i in order),
+        )  # fmt: skip
     made = Curve(
         classifier=imported.described.name, weights_sha256=imported.described.weights_sha256,
         protocol=chosen.id, **alike, points=points_of(found, wanted), guardbench=guardbench.__version__,

@@ -100,10 +100,6 @@ def evaluate(
     for title, text in lines.items():
         console.print(f"  {title:<14} {escape(text)}", highlight=False, soft_wrap=True)
     console.print()
-    try:
-        record, path = assess(prepared)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on from here", err=True)
-        raise typer.Exit(130) from None
+    record, path = assess(prepared)
     console.print()
     print_record(console, record, threat=threat_text(prepared.protocol), paths={"record": path})

@@ -31,11 +31,12 @@ def build(root: Root = None) -> None:
 
     Example: guardbench leaderboard build --root ~/guardbench
     """
-    from guardbench.leaderboard import rebuild, write
+    from guardbench.leaderboard import alone_at, rebuild, write
 
     folder = _checkout(root)
-    texts = rebuild(folder)
-    changes = write(folder, texts)
+    with alone_at(folder):
+        texts = rebuild(folder)
+        changes = write(folder, texts)
     for line in changes:
         typer.echo(line)
     if not changes:

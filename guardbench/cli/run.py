@@ -124,11 +124,7 @@ def run(
     if dry_run:
         return
     console.print()
-    try:
-        finished = execute(plan)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on from here", err=True)
-        raise typer.Exit(130) from None
+    finished = execute(plan)
     from rich.markup import escape
 
     from guardbench.ranking import threat_text

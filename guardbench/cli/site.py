@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from guardbench.interrupts import Interrupted
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Render the boards as a static site that needs neither a server nor a network.\n\n"
@@ -66,7 +68,7 @@ def serve(
             webbrowser.open(address)
         try:
             server.serve_forever()
-        except KeyboardInterrupt:
+        except Interrupted:
             typer.echo("")
 
 

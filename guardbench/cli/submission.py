@@ -310,11 +310,7 @@ def score(
         print_stages(console, stages, expected_seconds(scoring.run, scoring.protocol, stages))
         if dry_run:
             return
-        try:
-            finished = execute_score(scoring)
-        except KeyboardInterrupt:
-            typer.echo("interrupted; give the same command again to go on from here", err=True)
-            raise typer.Exit(130) from None
+        finished = execute_score(scoring)
     console.print()
     print_record(
         console, finished.record, threat=threat_text(scoring.protocol), paths=finished.paths

@@ -5,16 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from guardbench import locks
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
-
-if sys.platform != "win32":
-    import fcntl
 
 CACHE_VARIABLE = "GUARDBENCH_CACHE"
 _WAY_OUT = f"choose another cache folder with {CACHE_VARIABLE}"
@@ -37,6 +34,10 @@ def cache_writes(target: Path) -> Iterator[None]:
     """
     try:
         yield
+    except FileNotFoundError as error:
+        raise GuardbenchError(
+            f"{error.filename or target}: was removed while it was needed; run the same command again."
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise GuardbenchError(
@@ -69,37 +70,21 @@ def require_space(target: Path, size: int) -> None:
 def locked(target: Path, progress: Progress, what: str) -> Iterator[bool]:
     """Lets one process at a time build `target`; says so where it has to wait.
 
-    The lock is the kernel's (flock), so that it dies with its process, however that ends. It
-    gives whether it is held: a file system or a platform without such locks gives False, and then
-    two builders both build and the last rename wins, which is safe because they build the same.
+    It gives whether the lock is held, see `locks.locked`: where there are none, two builders both build
+    and the last rename wins, which is safe because they build the same.
 
     Raises:
         GuardbenchError: the folder of `target` cannot be written.
     """
     lock = target.with_name(f".{target.name}.lock")
-    with cache_writes(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        yield _take(handle, progress, what)
-    finally:
-        os.close(handle)
 
+    def waiting(holder: str) -> None:
+        progress.say(f"{what}: waiting for another process that is at it: {holder}")
 
-def _take(handle: int, progress: Progress, what: str) -> bool:
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if progress.console is not None:
-            progress.console.print(
-                f"{what}: waiting for another process that is at it", soft_wrap=True
-            )
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+    with ExitStack() as stack:
+        with cache_writes(lock):
+            held = stack.enter_context(locks.locked(lock, waiting))
+        yield held
 
 
 def remove_stale_parts(target: Path) -> None:

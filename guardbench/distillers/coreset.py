@@ -73,19 +73,25 @@ class _Coreset:
 
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""
-        params, wanted = read_params(task, Params), self._squeeze(task)
+        wanted = self._squeeze(task)
         teacher = None if wanted is None else squeeze(task, wanted, train)
-        folder, run = self._folder(task), task.run
-        artifact = folder.path / "distilled"
-        if folder.finished() is not None:
-            return run.processes.from_main(partial(load_distilled, artifact))
+        folder = self._folder(task)
+        with folder.claimed() as stored:
+            if stored is None:
+                return self._distill(task, train, teacher, folder)
+        return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
+
+    def _distill(
+        self, task: Task, train: RealDataset, teacher: Classifier | None, folder: StageFolder
+    ) -> DistilledDataset:
+        params, wanted, run = read_params(task, Params), self._squeeze(task), task.run
         folder.begin(run.device)
         chosen = self.choose(task, train, teacher)
         labels_views = teacher if params.select.labels == "teacher" else None
         distilled = run.processes.from_main(
             partial(
                 save_distilled,
-                artifact,
+                folder.path / "distilled",
                 images=train.batch(chosen),
                 hard=train.labels[chosen],
                 teacher=labels_views,

@@ -64,9 +64,14 @@ class DM:
 
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""
-        run, params, folder = task.run, read_params(task, Params).match, _folder(task)
-        if folder.finished() is not None:
-            return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
+        folder = _folder(task)
+        with folder.claimed() as stored:
+            if stored is None:
+                return self._distill(task, train, folder)
+        return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
+
+    def _distill(self, task: Task, train: RealDataset, folder: StageFolder) -> DistilledDataset:
+        run, params = task.run, read_params(task, Params).match
         real = RealClasses(task, train)
         synthetic = SyntheticSet(task, params, real)
         state = folder.begin(run.device)

@@ -160,13 +160,14 @@ def train_experts(task: Task, params: Experts, train: RealDataset) -> list[Traje
     found = []
     for number in range(params.count):
         folder = expert_folder(task, params, number)
-        if folder.finished() is None:
-            weights = _Training(task, params, train, number).run(folder)
-            state = {str(epoch): row for epoch, row in enumerate(weights)}
-            task.run.processes.from_main(
-                partial(write_bytes, folder.path / TRAJECTORY, save(state))
-            )
-            folder.finish(task.run.device, (TRAJECTORY,))
+        with folder.claimed() as stored:
+            if stored is None:
+                weights = _Training(task, params, train, number).run(folder)
+                state = {str(epoch): row for epoch, row in enumerate(weights)}
+                task.run.processes.from_main(
+                    partial(write_bytes, folder.path / TRAJECTORY, save(state))
+                )
+                folder.finish(task.run.device, (TRAJECTORY,))
         found.append(Trajectory(folder.path / TRAJECTORY))
     return found
 

@@ -91,9 +91,10 @@ class DC:
     def distill(self, task: Task, train: RealDataset) -> DistilledDataset:
         """See `Distiller.distill`."""
         folder = _folder(task)
-        if folder.finished() is not None:
-            return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
-        return _GradientMatching(task, train, siamese=self.siamese).run(folder)
+        with folder.claimed() as stored:
+            if stored is None:
+                return _GradientMatching(task, train, siamese=self.siamese).run(folder)
+        return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
 
 
 class DSA(DC):

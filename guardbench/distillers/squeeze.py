@@ -105,10 +105,11 @@ def squeeze(task: Task, params: Squeeze, train: RealDataset) -> Classifier:
     """
     run, folder = task.run, squeeze_folder(task, params)
     model = fresh_teacher(task, params)
-    if folder.finished() is None:
-        _train_teacher(task, train, model.to(run.device), params, folder)
-        run.processes.from_main(lambda: save_weights(model, folder.path / TEACHER))
-        folder.finish(run.device, (TEACHER,))
+    with folder.claimed() as stored:
+        if stored is None:
+            _train_teacher(task, train, model.to(run.device), params, folder)
+            run.processes.from_main(lambda: save_weights(model, folder.path / TEACHER))
+            folder.finish(run.device, (TEACHER,))
     return load_trained(run, model, folder.path / TEACHER)
 
 

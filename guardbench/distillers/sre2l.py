@@ -128,11 +128,15 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
     Args:
         teacher: in eval mode.
     """
-    params, run = read_params(task, Params).recover, task.run
     folder = _recover_folder(task)
-    artifact = folder.path / "distilled"
-    if folder.finished() is not None:
-        return run.processes.from_main(lambda: load_distilled(artifact))
+    with folder.claimed() as stored:
+        if stored is None:
+            return _recover(task, teacher, folder)
+    return task.run.processes.from_main(lambda: load_distilled(folder.path / "distilled"))
+
+
+def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledDataset:
+    params, run = read_params(task, Params).recover, task.run
     groups = _groups(len(task.classes), task.ipc, params)
     chunks = _chunks(groups, params.images_a_batch * run.processes.count)
     state = folder.begin(run.device)
@@ -163,7 +167,7 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
     distilled = run.processes.from_main(
         lambda: save_distilled(
-            artifact,
+            folder.path / "distilled",
             images=_gathered(parts, order),
             hard=labels[order],
             teacher=teacher,

@@ -162,7 +162,10 @@ class _Trajectories:
         if folder.finished() is not None:
             return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
         experts = train_experts(task, params.experts, train)
-        return _Matching(task, params, type(self).matcher, experts, train).run(folder)
+        with folder.claimed() as stored:
+            if stored is None:
+                return _Matching(task, params, type(self).matcher, experts, train).run(folder)
+        return load_distilled(folder.path / "distilled")
 
 
 class MTT(_Trajectories):

@@ -249,9 +249,8 @@ def execute_score(scoring: Scoring) -> Finished:
     warnings: list[str] = []
     with explained(settings.output), scoring.run.processes.heard():
         measured_indices(protocol, test, scoring.evaluating.sample)  # refused before the long part
-        done = scoring.artifact.finished() is not None
         distilled = _distilled(scoring)
-        cost = stage_cost(scoring.artifact.finished() or {}, shared=done)
+        cost = stage_cost(scoring.artifact.finished() or {}, shared=scoring.artifact.reused)
         seeds, evaluating = evaluate(run, protocol, scoring.evaluating, distilled, train, test)
         record = ResultRecord(
             tier=settings.tier,
@@ -293,29 +292,30 @@ def execute_score(scoring: Scoring) -> Finished:
 def _distilled(scoring: Scoring) -> DistilledDataset:
     """The submission as every method's artifact is."""
     folder, form, content = scoring.artifact, scoring.form, scoring.content
-    if folder.finished() is None:
-        info = dataset_info(form.dataset)
-        located = locate(
-            form.dataset, scoring.settings.data_dir, cache_dir=scoring.settings.cache_dir
-        )
-        folder.begin(scoring.run.device)
-        scoring.run.processes.from_main(
-            partial(
-                save_distilled,
-                folder.path / "distilled",
-                images=content.images,
-                hard=content.labels,
-                soft=content.soft,
-                teacher=scoring.report.teacher,
-                teacher_arch=form.teacher.arch if form.teacher is not None else None,
-                dataset=form.dataset,
-                ipc=form.ipc,
-                method=form.name,
-                classes=class_order(info, located),
-                provenance={"stage": folder.key},
+    with folder.claimed() as stored:
+        if stored is None:
+            info = dataset_info(form.dataset)
+            located = locate(
+                form.dataset, scoring.settings.data_dir, cache_dir=scoring.settings.cache_dir
             )
-        )
-        folder.finish(scoring.run.device, (f"distilled/{MANIFEST}",))
+            folder.begin(scoring.run.device)
+            scoring.run.processes.from_main(
+                partial(
+                    save_distilled,
+                    folder.path / "distilled",
+                    images=content.images,
+                    hard=content.labels,
+                    soft=content.soft,
+                    teacher=scoring.report.teacher,
+                    teacher_arch=form.teacher.arch if form.teacher is not None else None,
+                    dataset=form.dataset,
+                    ipc=form.ipc,
+                    method=form.name,
+                    classes=class_order(info, located),
+                    provenance={"stage": folder.key},
+                )
+            )
+            folder.finish(scoring.run.device, (f"distilled/{MANIFEST}",))
     distilled = scoring.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
     assert distilled.manifest.label_kind == form.labels, "the check has passed"
     return distilled

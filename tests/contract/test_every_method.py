@@ -1,9 +1,12 @@
 """Every baseline from real digits to a record, at one image per class: artifact, record, resume."""
 
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from guardbench.distilled import load_distilled
 from guardbench.methods import load_method, method_names
@@ -81,6 +84,12 @@ def settings(folder: Path, method: str, overrides: list[str]) -> Settings:
     )
 
 
+def global_generators() -> tuple[object, ...]:
+    """The states of torch's, numpy's and Python's own."""
+    words = [str(part) for part in np.random.get_state()]
+    return torch.get_rng_state().tolist(), words, random.getstate()
+
+
 def test_every_distiller_has_its_cuts() -> None:
     assert CUTS.keys() == DISTILLERS.keys()
 
@@ -88,7 +97,9 @@ def test_every_distiller_has_its_cuts() -> None:
 @pytest.mark.parametrize("name", method_names())
 def test_a_method_runs_and_resumes(tmp_path: Path, name: str) -> None:
     wanted = settings(tmp_path, name, CUTS[load_method(name).distiller])
+    before = global_generators()
     first = execute(make_plan(wanted, Progress()))
+    assert global_generators() == before, "every draw is from a generator that a name has seeded"
     record = load_record(first.paths["record"])
     assert record.method.name == name
     assert record.method.official == (not wanted.overrides)

@@ -144,42 +144,25 @@ def test_dry_run_stops_after_the_plan_and_writes_nothing(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["quick.toml"]
 
 
-@pytest.mark.parametrize("moment", [0.5, 2.0, 4.0])
-def test_a_killed_run_ends_with_the_result_of_an_unbroken_one(ran, tmp_path, moment) -> None:
-    command = [sys.executable, "-m", "guardbench", *quick(tmp_path)]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "expected" in line:
-            break
-    time.sleep(moment)
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    again = guardbench(*quick(tmp_path), cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    whole, resumed = load_record(the_record(ran[0])), load_record(the_record(tmp_path))
-    assert resumed.result_sha256 == whole.result_sha256
-
-
-def test_an_interrupt_exits_with_130_and_one_line(tmp_path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_it_still_imports_is_one_line_too(tmp_path, sent, code: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "guardbench", *quick(tmp_path)],
         cwd=tmp_path, env=clean_environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "expected" in line:
-            break
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert "run the same command again" in errors
+    maps = Path(f"/proc/{process.pid}/maps")
+    if not maps.exists():
+        pytest.skip("no /proc to see what a process has imported")
+    while "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(sent)
+    begun = time.monotonic()
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert time.monotonic() - begun < 5
+    assert errors == "interrupted; run the same command again\n"
+    assert "Plan" not in out, "it was still importing"
 
 
 BAD = {
@@ -219,7 +202,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, name: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("damage", ["checkpoint", "stage", "weights"])
+@pytest.mark.parametrize("damage", ["stage", "weights"])
 def test_a_damaged_workspace_is_told_and_not_believed(ran, tmp_path, damage: str) -> None:
     import shutil
 
@@ -230,9 +213,6 @@ def test_a_damaged_workspace_is_told_and_not_believed(ran, tmp_path, damage: str
         (teacher / "stage.json").write_text("{")
     if damage == "weights":
         (teacher / "teacher.safetensors").write_bytes(b"x")
-    if damage == "checkpoint":
-        (teacher / "stage.json").unlink()
-        (teacher / "checkpoint.pt").write_bytes(b"x")
     result = guardbench(*quick(folder), cwd=folder)
     assert result.returncode == 2
     assert "delete" in result.stderr

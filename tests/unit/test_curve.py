@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import signal
 from fractions import Fraction
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from guardbench.attacks import warm
-from guardbench.cli import app
+from guardbench.cli import app, main
 from guardbench.curve import (
     draw_curves,
     points_of,
@@ -88,9 +90,8 @@ def test_survivors_go_on_from_where_they_stood(monkeypatch):
     assert 0 < len(begun[2]) < len(begun[1]) < len(begun[0])
 
 
-def test_a_killed_verb_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+def test_a_verb_that_a_signal_stops_goes_on_from_there(tmp_path, monkeypatch, capsys):
     from guardbench import curve as module
-    from guardbench import runtime
 
     (tmp_path / "flat.py").write_text(
         "import torch\n"
@@ -99,21 +100,24 @@ def test_a_killed_verb_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runtime, "CHECKPOINT_EVERY_S", -1.0)
     words = ["curve", "--protocol", "digits", "--python", "flat:network", "--images", "60"]
     words += ["--radii", "1/255,4/255,8/255"]
     real, radii = module.run_batch, []
 
-    def dies(attack, *rest, **more):
-        if len(radii) == 2:
-            raise KeyboardInterrupt
+    def struck(attack, *rest, **more):
         radii.append(attack.threat.eps)
+        if len(radii) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
         return real(attack, *rest, **more)
 
-    monkeypatch.setattr(module, "run_batch", dies)
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 130
-    assert "run the same command again" in result.output
+    monkeypatch.setattr(module, "run_batch", struck)
+    monkeypatch.setattr("sys.argv", ["guardbench", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 143
+    said = "interrupted; curve is saved: run the same command again to go on from there\n"
+    assert capsys.readouterr().err == said
+    assert len(radii) == 2, "the radius at which it came is finished, and no other is begun"
     monkeypatch.setattr(
         module, "run_batch", lambda a, *r, **m: (radii.append(a.threat.eps), real(a, *r, **m))[1]
     )

@@ -193,6 +193,28 @@ def test_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         build(tmp_path / "file")
 
 
+def test_a_cache_that_is_deleted_meanwhile_costs_a_reader_nothing(tmp_path: Path) -> None:
+    entry = build(tmp_path)
+    before = entry.images[:]
+    shutil.rmtree(tmp_path / "datasets")
+    assert np.array_equal(entry.images[:], before), "the file lives as long as it is open"
+    again = build(tmp_path)
+    assert again.digest == entry.digest, "a run that is resumed finds its stages"
+    assert np.array_equal(again.images[:], before)
+
+
+def test_a_cache_that_is_deleted_while_it_is_built_is_one_line(tmp_path: Path) -> None:
+    def read(index: int) -> Image.Image:
+        if index == COUNT - 1:
+            shutil.rmtree(tmp_path / "datasets")
+        return noise(index)
+
+    with pytest.raises(GuardbenchError, match=r"made-train.*removed while it was needed") as caught:
+        build(tmp_path, source(read=read))
+    assert "\n" not in str(caught.value)
+    assert len(build(tmp_path).images) == COUNT
+
+
 def test_cache_root_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GUARDBENCH_CACHE", str(tmp_path / "named"))
     assert cache_root(tmp_path) == tmp_path

@@ -160,6 +160,27 @@ def test_what_is_finished_is_not_attacked_again(evaluated) -> None:
     assert all(c.shared for c in costs.found)
 
 
+def test_an_added_column_moves_no_other(tmp_path) -> None:
+    model, test, protocol = linear_model(), make_test_set(40), small_protocol(40)
+    with torch.no_grad():
+        y = model(test.batch(range(40))).argmax(1)
+    square = protocol.attacks[-1]
+    more = square.model_copy(update={"name": "first", "images_per_seed": None})
+    found = []
+    for columns in (protocol.attacks, (more, *protocol.attacks)):
+        run = make_run(tmp_path / f"{len(columns)}")
+        changed = protocol.model_copy(update={"attacks": columns})
+        plan = scoring.plan_scoring(
+            run, changed, seed=3, position=0, subject="s", test_digest="d", engine="guardbench"
+        )
+        images = test.select(list(range(40)))
+        found.append(scoring.score(run, changed, plan, model, images, y, scoring.Costs()))
+    fewer, added = found
+    assert added.attacks["first"].flags()[:20] != added.attacks["square"].flags(), "another seed"
+    assert {name: added.attacks[name] for name in fewer.attacks} == fewer.attacks
+    assert added.clean == fewer.clean
+
+
 @pytest.mark.parametrize(("resumed_by", "left"), [(8, [8, 8]), (5, [5, 5, 5, 1]), (64, [16])])
 def test_an_interrupted_attack_goes_on_at_its_next_image(
     evaluated, monkeypatch, tmp_path, resumed_by: int, left: list[int]

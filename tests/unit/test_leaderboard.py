@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from guardbench.cli.leaderboard import app
 from guardbench.cli.show import show
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import board_path, rebuild
+from guardbench.locks import locked
 from guardbench.methods import methods_folder
 from guardbench.ranking import EVALUATION_STAGES, RecordFile, build_leaderboard
 from guardbench.reassessment import Assessment, AssessmentFile
@@ -565,6 +567,35 @@ def test_a_workspace_gets_boards_of_what_was_run_there(tmp_path):
     # 30 of 60 images against 15: 37.74 to 62.26, and 15.78 to 37.23.
     assert places(json.loads(boards[0].read_text(encoding="utf-8"))) == [("guard", 1), ("sre2l", 2)]
     assert (tmp_path / "leaderboards/index.json").is_file()
+
+
+def test_of_two_runs_that_end_at_once_neither_row_is_lost(tmp_path, monkeypatch):
+    """The first has read the records, and not yet written, when the second's record comes."""
+    save_record(tmp_path / "records/toy/ipc10/guard.json", record("guard"))
+    real, threads = leaderboard.read_records, []
+
+    def second():
+        save_record(tmp_path / "records/toy/ipc10/sre2l.json", record("sre2l", aa=5))
+        leaderboard.build_workspace_boards(tmp_path, load=load)
+
+    def slow(root, pattern):
+        found = real(root, pattern)
+        if not threads:
+            threads.append(threading.Thread(target=second))
+            threads[0].start()
+            while threads[0].is_alive() and not waits.wait(0.01):
+                pass  # it has all the time that it needs, unless it must wait
+        return found
+
+    waits = threading.Event()
+    monkeypatch.setattr(
+        leaderboard, "locked", lambda lock, _: locked(lock, lambda _holder: waits.set())
+    )
+    monkeypatch.setattr(leaderboard, "read_records", slow)
+    (board,) = leaderboard.build_workspace_boards(tmp_path, load=load)
+    threads[0].join()
+    assert places(json.loads(board.read_text(encoding="utf-8"))) == [("guard", 1), ("sre2l", 2)]
+    assert not (tmp_path / "leaderboards/.lock").exists()
 
 
 def test_a_stale_record_of_a_workspace_is_an_error_or_a_warning(tmp_path):

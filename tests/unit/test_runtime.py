@@ -1,7 +1,13 @@
 """Stages on disk, devices, seeds and the progress of a run."""
 
+import errno
 import io
+import json
+import os
+import resource
 import subprocess
+import threading
+import time
 
 import pytest
 import torch
@@ -12,7 +18,14 @@ import guardbench
 from guardbench import canonical, provenance, runtime
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress, clock
-from guardbench.runtime import Run, check_finite, effective_precision, make_accelerator
+from guardbench.runtime import (
+    Run,
+    StageFolder,
+    check_finite,
+    effective_precision,
+    make_accelerator,
+)
+from guardbench.store import explained
 
 CPU = torch.device("cpu")
 
@@ -59,26 +72,180 @@ def test_a_checkpoint_comes_back_with_its_seconds_and_goes_at_the_end(tmp_path) 
     assert not folder.checkpoint_path.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04broken"])
-def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path, content: bytes) -> None:
-    folder = make_run(tmp_path).stage("s", "k", {"a": 1})
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04broken", "truncated", "another's"])
+def test_a_damaged_checkpoint_is_set_aside_and_its_stage_begins_anew(tmp_path, content) -> None:
+    folder, said = stage_that_says(tmp_path)
     folder.path.mkdir(parents=True)
+    if isinstance(content, str):
+        of = make_run(tmp_path).stage("s", "k", {"a": 2}) if content == "another's" else folder
+        of.path.mkdir(parents=True, exist_ok=True)
+        of.begin(CPU)
+        of.checkpoint({"step": 3, "tensor": torch.rand(1000)})
+        whole = of.checkpoint_path.read_bytes()
+        content = whole[:3000] if content == "truncated" else whole
     folder.checkpoint_path.write_bytes(content)
-    with pytest.raises(GuardbenchError, match=r"checkpoint\.pt: .*delete it") as caught:
-        folder.begin(CPU)
-    assert "\n" not in str(caught.value)
+    assert folder.begin(CPU) is None
+    (line,) = said
+    assert "\n" not in line
+    assert line.startswith(f"{folder.checkpoint_path}: unreadable checkpoint")
+    assert folder.path.joinpath("checkpoint.damaged").read_bytes() == content
+    folder.checkpoint({"step": 1})
+    assert make_run(tmp_path).stage("s", "k", {"a": 1}).begin(CPU) == {"step": 1}
 
 
-def test_a_checkpoint_is_never_unpickled(tmp_path) -> None:
+def test_a_checkpoint_is_never_unpickled(tmp_path, capsys) -> None:
     class Evil:
         def __reduce__(self):
             return (print, ("executed",))
 
-    folder = make_run(tmp_path).stage("s", "k", {"a": 1})
+    folder, said = stage_that_says(tmp_path)
     folder.path.mkdir(parents=True)
     torch.save({"key": folder.key, "seconds": 0, "state": Evil()}, folder.checkpoint_path)
-    with pytest.raises(GuardbenchError, match="unreadable checkpoint"):
+    assert folder.begin(CPU) is None
+    assert "unreadable checkpoint" in said[0]
+    assert "executed" not in capsys.readouterr().out
+
+
+def stage_that_says(tmp_path) -> tuple[StageFolder, list[str]]:
+    said: list[str] = []
+    folder = make_run(tmp_path).stage("s", "k", {"a": 1})
+    folder.say = said.append
+    return folder, said
+
+
+def test_a_finished_stage_that_was_changed_or_cut_is_told(tmp_path) -> None:
+    folder = make_run(tmp_path).stage("s", "k", {"a": 1})
+    folder.begin(CPU)
+    folder.finish(CPU, outcome={"flags": "0110", "share": 0.1}, counts={2: 1, 10: 2})
+    file = folder.path / "stage.json"
+    whole = file.read_text()
+    assert folder.finished()["outcome"]["flags"] == "0110"
+    for text in (whole.replace("0110", "0111"), whole[: len(whole) // 2], "[]", ""):
+        assert text != whole
+        file.write_text(text)
+        with pytest.raises(GuardbenchError, match=r"stage\.json: .*delete the folder") as caught:
+            folder.finished()
+        assert "\n" not in str(caught.value)
+    words = json.loads(whole)
+    del words["seal"]  # as it was before there was one
+    file.write_text(json.dumps(words))
+    assert folder.finished()["outcome"]["flags"] == "0110"
+
+
+def test_of_two_that_want_a_stage_one_works_and_the_other_reads(tmp_path) -> None:
+    """As of two processes; their locks are of two open files, so two threads are as good."""
+    first, second = (make_run(tmp_path).stage("teacher", "k", {"a": 1}) for _ in range(2))
+    said: list[str] = []
+    second.say = said.append
+    found: list[object] = []
+
+    def wants() -> None:
+        with second.claimed() as stored:
+            found.append(None if stored is None else stored["note"])
+
+    with first.claimed() as stored:
+        assert stored is None
+        first.begin(CPU)
+        thread = threading.Thread(target=wants)
+        thread.start()
+        deadline = time.monotonic() + 30
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+        first.finish(CPU, note="made by the first")
+        assert not found
+    thread.join()
+    assert found == ["made by the first"]
+    (line,) = said
+    assert line.startswith(
+        f"teacher: waiting for another process that is at it: pid {os.getpid()} on "
+    )
+    assert (first.reused, second.reused) == (False, True)
+    assert sorted(path.name for path in first.path.iterdir()) == ["stage.json"]
+
+
+def test_a_stage_that_fails_is_free_again(tmp_path) -> None:
+    with pytest.raises(ValueError, match="mine"), make_run(tmp_path).stage("s", "k", {}).claimed():
+        raise ValueError("mine")
+    with make_run(tmp_path).stage("s", "k", {}).claimed() as stored:
+        assert stored is None
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_holder_alone(tmp_path) -> None:
+    folder = make_run(tmp_path).stage("s", "k", {})
+    part = folder.path / "distilled" / ".images.x.part"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    folder.begin(CPU)
+    assert part.exists(), "of another process, perhaps, where there are no locks"
+    with folder.claimed():
         folder.begin(CPU)
+    assert not part.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_what_is_finished_is_read(
+    tmp_path, monkeypatch
+) -> None:
+    done, new = (make_run(tmp_path).stage("s", "k", {"a": a}) for a in (1, 2))
+    done.begin(CPU)
+    done.finish(CPU, note="kept")
+
+    def refuses(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("guardbench.locks.os.open", refuses)
+    with (
+        pytest.raises(GuardbenchError, match="Read-only file system"),
+        new.claimed(),
+    ):
+        pass
+    with done.claimed() as stored:
+        assert stored is not None
+        assert stored["note"] == "kept"
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path) -> None:
+    """The kernel's own refusal: a limit of the process on the size of a file."""
+    folder = make_run(tmp_path).stage("s", "k", {"a": 1})
+    folder.begin(CPU)
+    folder.checkpoint({"step": 1})
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        with pytest.raises(GuardbenchError, match="File too large"):
+            folder.checkpoint({"step": 2, "tensor": torch.rand(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert [path.name for path in folder.path.iterdir()] == ["checkpoint.pt"]
+    assert make_run(tmp_path).stage("s", "k", {"a": 1}).begin(CPU) == {"step": 1}
+
+
+def test_clocks_that_jump_or_begin_anew_cost_nothing_and_never_less(tmp_path, monkeypatch) -> None:
+    now = [1e6]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runtime.time, "time", lambda: 1 / 0)  # a wall clock may jump
+    folder = make_run(tmp_path).stage("s", "k", {"a": 1})
+    folder.begin(CPU)
+    now[0] += 60
+    folder.checkpoint({"step": 1})
+    now[0] = 5.0  # as after a reboot
+    again = make_run(tmp_path).stage("s", "k", {"a": 1})
+    again.begin(CPU)
+    now[0] += 1
+    assert again.finish(CPU)["cost"]["seconds"] == 61
+
+
+def test_a_workspace_that_is_removed_meanwhile_is_one_line(tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    for read in (
+        lambda: (tmp_path / "gone.json").read_text(),
+        lambda: load_file(tmp_path / "gone"),
+    ):
+        with (
+            pytest.raises(GuardbenchError, match=r"gone.*removed while it was needed"),
+            explained(tmp_path),
+        ):
+            read()
 
 
 def test_seeds_are_named_so_that_a_new_choice_moves_no_other(tmp_path) -> None:

@@ -11,7 +11,7 @@ from guardbench import runtime
 from guardbench.data.dataset import load_split
 from guardbench.distilled import load_distilled
 from guardbench.distillers.base import Task
-from guardbench.distillers.squeeze import Squeeze, squeeze
+from guardbench.distillers.squeeze import Squeeze, _backward, squeeze
 from guardbench.distillers.sre2l import (
     Recover,
     SRe2L,
@@ -25,6 +25,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.methods import load_method
 from guardbench.models import batch_norms, build_model
 from guardbench.progress import Progress
+from guardbench.regularisers.base import Batch, build_regulariser
 from guardbench.runtime import Run, StageFolder
 from guardbench.threat import ThreatModel
 
@@ -60,6 +61,8 @@ def test_more_processes_or_parts_than_images_of_a_batch_are_one_line(tmp_path) -
 
 
 def test_parts_of_a_batch_add_up_to_it() -> None:
+    threat = ThreatModel("linf", Fraction(16, 255))
+
     def gradients(parts: list[slice]) -> list[torch.Tensor]:
         # Without BN layers, whose statistics are of a part.
         model = build_model("convnet-d3", channels=1, classes=10, resolution=8, seed=3).double()
@@ -68,7 +71,9 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
         batches = [
             Batch(model=model, images=x[rows], labels=y[rows], part=(7, rows)) for rows in parts
         ]
-        value = _backward(build_regulariser({"kind": "gradient-norm", "weight": 0.3}, THREAT), batches)
+        value = _backward(
+            build_regulariser({"kind": "gradient-norm", "weight": 0.3}, threat), batches
+        )
         return [value, *(p.grad for p in model.parameters())]
 
     whole = gradients([slice(0, 7)])

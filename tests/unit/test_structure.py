@@ -13,8 +13,8 @@ ROOT = Path(guardbench.__file__).parent
 
 # Rooms in order; a module may import only from rooms at or before its own.
 ROOMS = [
-    ["errors", "canonical", "threat"],
-    ["store", "progress", "figures"],
+    ["errors", "canonical", "threat", "interrupts"],
+    ["store", "locks", "progress", "figures"],
     [
         "protocol",
         "methods",
@@ -137,6 +137,33 @@ def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
     result = CliRunner().invoke(app, [*verb.split(), "--help"])
     assert result.exit_code == 0
     assert f"guardbench {verb.split()[0]}" in result.output.partition("Example")[2]
+
+
+WITH_GENERATOR = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "bernoulli",
+                  "uniform_", "normal_", "bernoulli_", "exponential_", "random_"}  # fmt: skip
+WITHOUT = {"rand_like", "randn_like", "randint_like", "dropout", "Dropout", "shuffle", "seed"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_drawn_but_from_a_generator_with_a_seed_of_its_own(path: Path) -> None:
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+            continue
+        name, where = call.func.attr, f"{path.name}:{call.lineno}: {ast.unparse(call.func)}"
+        owner = ast.unparse(call.func.value)
+        if name in WITH_GENERATOR and owner != "rng":  # which is numpy's own generator
+            assert "generator" in [word.arg for word in call.keywords], where
+        assert name not in WITHOUT, where
+        if owner in ("np.random", "numpy.random", "random"):
+            assert name in ("default_rng", "Random"), where
+            assert call.args, f"{where}: without a seed"
+
+
+def test_durations_are_of_clocks_that_never_jump() -> None:
+    """The wall clock is read where people see it: by a lock, for its holder, and by `assess`."""
+    reads = ("time.time(", "datetime.now(", "utcnow(", "date.today(")
+    found = {p.name for p in FILES for read in reads if read in p.read_text(encoding="utf-8")}
+    assert found == {"locks.py", "leaderboard.py"}
 
 
 def test_no_path_of_this_machine_is_named() -> None:

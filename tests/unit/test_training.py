@@ -187,6 +187,19 @@ def test_labels_for_which_there_is_no_room_are_refused_before_the_first(
     relabel(run, made, student, labels)
 
 
+def test_an_added_student_moves_no_other(tmp_path) -> None:
+    student, found = make_student(batch_size=10, cutmix=1.0), []
+    made = make_set(tmp_path, "hard")
+    for seeds in ([1], [7, 1]):
+        run = make_run(tmp_path / f"{len(seeds)}")
+        for seed in seeds:
+            stage = plan_student(run, "k", student, 20, seed)
+            (model,) = train_students(run, made, student, {seed: stage}, None)
+        found.append(model.state_dict())
+    alone, after = found
+    assert all(torch.equal(weights, after[name]) for name, weights in alone.items())
+
+
 @pytest.mark.parametrize("kind", ["hard", "soft", "teacher"])
 def test_a_student_learns_from_every_kind_of_label(tmp_path, kind: str) -> None:
     """Ten classes of one bright row or column each: a student that learns nothing stays at 10%."""
