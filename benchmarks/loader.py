@@ -4,9 +4,9 @@
     python benchmarks/loader.py --images 10000 --side 128 --resolution 64
 
 Makes a set of 1,000 classes of JPEGs in a temporary folder, which is removed after: as class folders, as
-parquet shards in the Hub's layout and as webdataset tars, of the same bytes (at the default size these and
-one cache take 25 GB). For each container two processes take turns: one decodes the container into the cache,
-as `guardbench run` would; the other is the bare loop, which decodes, resizes and crops each file of the
+parquet shards in the Hub's layout and as webdataset tars, of the same bytes (with one cache, about 45 GB at
+the default size). For each container two processes take turns: one decodes the container into the cache, as
+`guardbench run` would; the other is the bare loop, which decodes, resizes and crops each file of the
 folders with one thread a core, and keeps nothing. Printed are the loader's largest resident memory, and the
 ratio of its images a second to those of the bare loop beside it. Then an epoch of batches in a random order
 is read from the finished cache by a third process. The three datasets must have one digest.
@@ -148,7 +148,7 @@ def main():
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--images", type=int, default=100_000)
     words.add_argument(
-        "--side", type=int, default=256, help="of the JPEGs; the longer one is 4/3 of it"
+        "--side", type=int, default=375, help="of the JPEGs; the longer one is 4/3 of it"
     )
     words.add_argument("--resolution", type=int, default=224)
     words.add_argument("--folder", type=Path, help="where the temporary folder is made")
