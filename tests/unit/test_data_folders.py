@@ -157,7 +157,7 @@ def test_broken_file_is_named_and_nothing_unfinished_counts(
     paint(file, 70)
     load(tmp_path)
     left = [path.suffix for path in (tmp_path / "cache" / "datasets").iterdir()]
-    assert sorted(left) == [".json", ".lock", ".npy"]
+    assert sorted(left) == [".json", ".npy"]
 
 
 def test_truncated_png_is_named(tmp_path: Path) -> None:
