@@ -2,12 +2,12 @@
 
     python survive.py FOLDER SEED KILLS STOPS WORD... -- MORE...
 
-Runs `guardbench WORD...` in FOLDER/whole, unbroken; in FOLDER/kill-0 until SIGKILL has struck it so often; in
-FOLDER/stop-0 until SIGINT and SIGTERM, by turns, have; and in FOLDER/together beside one with `MORE...`. Half
-of the moments are drawn evenly over the time of the unbroken run, half evenly over its stages, which are of
-very different length: a stage, and a moment of the time that it took. Processes are forks of this one, which
-has imported everything, so that each costs tenths of a second; every one begins with another state of the
-global random generators. Prints one JSON object.
+Runs `guardbench WORD...` in FOLDER/whole, unbroken; in FOLDER/kill-0 until SIGKILL has struck it so often;
+in FOLDER/stop-0 until SIGINT and SIGTERM, by turns, have; and in FOLDER/together beside one with `MORE...`.
+Two thirds of the moments are drawn over the kinds of stages, which are of very different length: one of
+that kind, and a moment of the time that it took; the others evenly over the time of the unbroken run.
+Processes are forks of this one, which has imported everything, so that each costs tenths of a second; every
+one begins with another state of the global random generators. Prints one JSON object.
 """
 
 import contextlib
@@ -148,8 +148,13 @@ class Survival:
 
     def moments(self, count: int) -> list[Moment]:
         """In the order of the run."""
-        places = [self.draw.uniform(0, len(self.names)) for _ in range(count - count // 2)]
-        for _ in range(count // 2):
+        alike: dict[str, list[int]] = {}
+        for stage, name in enumerate(self.names):
+            alike.setdefault(name.split()[0], []).append(stage)
+        few = min(len(alike), 2 * count // 3)
+        kinds = self.draw.sample(list(alike.values()), few)
+        places = [self.draw.choice(stages) + self.draw.random() for stages in kinds]
+        for _ in range(count - few):
             left = self.draw.uniform(0, sum(self.took))
             for stage, took in enumerate(self.took):
                 if left < took:

@@ -46,10 +46,9 @@ def test_a_run_killed_at_twenty_random_moments_gives_the_unbroken_runs_record(st
     """As every process begins with other global generators, no stage draws from them either."""
     kills = struck["kills"]
     assert [each["code"] for each in kills] == [-9] * KILLS
-    assert kinds(kills) & {"squeeze", "recover"}
-    assert kinds(kills) & {"student", "relabel"}
-    assert len(kinds(kills) & {"checks", "pgd100", "fgsm", "mim", "cw", "square"}) >= 2
-    assert len(kinds(kills)) >= 6, "spread over all of it"
+    assert {"squeeze", "recover", "student", "checks"} <= kinds(kills)
+    assert len(kinds(kills) & {"pgd100", "fgsm", "mim", "cw", "square"}) >= 2
+    assert len(kinds(kills)) >= 9, "spread over all of it"
 
 
 def test_a_run_that_signals_stop_at_random_moments_does_too(struck) -> None:
