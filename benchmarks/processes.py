@@ -50,9 +50,14 @@ def seconds(
     subprocess.run(command, check=True, env=one_thread, stdout=subprocess.DEVNULL)
     (path,) = (folder / name).glob("records/**/*.json")
     costs = load_record(path).cost
+    at_once = {"student": 2} if launcher else {}  # two students, side by side
     return Counter(
         {
-            group: sum(c.seconds for c in costs if c.stage.split()[0] in stages)
+            group: sum(
+                c.seconds / at_once.get(c.stage.split()[0], 1)
+                for c in costs
+                if c.stage.split()[0] in stages
+            )
             for group, stages in GROUPS.items()
         }
     )

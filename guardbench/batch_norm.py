@@ -37,14 +37,14 @@ def _forward(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return nn.BatchNorm2d.forward(layer, x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean, variance, count = _statistics(wide)
-    _move_running(layer, mean.detach(), variance.detach() * count / (count - 1))
+    _move_running(layer, mean.detach(), (variance.detach() * count / (count - 1)).to(mean.dtype))
     scale = (variance + layer.eps).rsqrt() * layer.weight
     shift = layer.bias - mean * scale
     moved = torch.addcmul(shift[:, None, None], wide, scale[:, None, None])
     return moved.to(x.dtype)
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance [C] of x [n, C, H, W] over all processes, and of how many values.
 
     The sums are float64: a difference of squares in float32 would lose a small variance.
@@ -54,7 +54,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
     mean, variance = mean.double(), variance.double()
     sums = torch.cat([mean * local, (variance + mean.square()) * local, mean.new_tensor([local])])
     sums = _Sum.apply(sums)
-    count = int(sums[-1].detach().item())
+    count = sums[-1].detach()  # a tensor: to read it would make a GPU wait at each layer
     mean, square = (sums[:-1] / count).chunk(2)
     return mean.to(x.dtype), (square - mean.square()).clamp_min(0).to(x.dtype), count
 

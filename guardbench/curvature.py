@@ -82,7 +82,7 @@ class FirstOrderCurvature:
             if parameter.grad is not None:
                 parameter.grad.mul_(1 - signed)
         (signed * moved).backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), batch.shared(self.weight * rise.abs())
+        return loss.detach(), signed * (moved.detach() - loss.detach())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from guardbench.evaluation import (
 from guardbench.filing import Place, checkout_for, file_record, own_protocol
 from guardbench.methods import MethodFile, load_method, overridden, set_mark
 from guardbench.models import build_model
+from guardbench.processes import Processes
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.provenance import provenance
@@ -171,7 +172,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         settings.output / "trackers",
     )
     checkout = checkout_for(protocol) if settings.publish else None
-    check_writable(settings.output)
+    Processes(accelerator).from_main(lambda: check_writable(settings.output))
     info = dataset_info(protocol.dataset)
     sample = sample_size(protocol, info.num_classes, settings.tier, settings.images)
     cached = partial(
@@ -234,6 +235,7 @@ def execute(plan: Plan) -> Finished:
             train, test = prepare(plan)
         if not plan.decoded:  # the stages' keys hold the images' digests, known only now
             plan = make_plan(settings, run.progress)
+            run = plan.task.run
         if settings.log_with:
             run.accelerator.init_trackers(f"{plan.method.name}-{protocol.id}-ipc{settings.ipc}")
         distilled = plan.distiller.distill(plan.task, train)

@@ -53,8 +53,11 @@ class Processes:
         return device if self.count == 1 else f"{self.count} x {device}"
 
     def share(self, count: int) -> slice:
-        """This process's rows of `count`: contiguous, in the order of ranks, as even as can be."""
-        first, last = (count * rank // self.count for rank in (self.rank, self.rank + 1))
+        """This process's rows of `count`: contiguous, in the order of ranks, as even as can be.
+
+        Where there are fewer rows than processes, `main` has the first.
+        """
+        first, last = (-(-count * rank // self.count) for rank in (self.rank, self.rank + 1))
         return slice(first, last)
 
     def rounds(self, things: Sequence[T]) -> list[Sequence[T]]:
@@ -97,7 +100,7 @@ class Processes:
         if self.main:
             try:
                 told = [(work(), None)]
-            except GuardbenchError as error:
+            except Exception as error:  # whatever it is, the others must not wait for it
                 broadcast_object_list([(None, str(error))])
                 raise
         broadcast_object_list(told)

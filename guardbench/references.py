@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from guardbench import canonical
-from guardbench.attacks.base import Images, score_clean
+from guardbench.attacks.base import Images
 from guardbench.data.dataset import RealDataset
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
 from guardbench.protocol import Protocol, Student
 from guardbench.records import LabelKind, Outcome, Reference
 from guardbench.runtime import Run
-from guardbench.scoring import Costs
+from guardbench.scoring import Costs, clean_verdicts
 from guardbench.training import plan_relabel, plan_student, relabel, train_students
 
 
@@ -126,7 +126,7 @@ def measure_references(
             with costs.of(*stages.values()):
                 models = train_students(run, images, plan.student, stages, plan.labels)
             for (place, _), model in zip(some, models, strict=True):
-                right = score_clean(model, x, y)
+                right = clean_verdicts(run, model, x, y)
                 found[place][plan.way] = Outcome.from_flags(right.tolist())
     return found
 

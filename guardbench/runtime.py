@@ -337,8 +337,11 @@ class StageFolder:
             self._ask_at = self._calls + max(1, rate)
         return old
 
-    def checkpoint(self, state: Mapping[str, Any]) -> None:
+    def checkpoint(self, state: Mapping[str, Any], *, last: bool = True) -> None:
         """Writes tensors and plain values from which `begin` can go on; those of the first process.
+
+        Args:
+            last: whether a signal may end the command now; False where more is to be written.
 
         Raises:
             interrupts.Interrupted: a signal asked for the checkpoint, and it is written.
@@ -350,23 +353,32 @@ class StageFolder:
                 buffer = io.BytesIO()
                 torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
                 write_bytes(self.checkpoint_path, buffer.getvalue())
-            interrupts.stop(f"{self.name} is saved")
+            if last:
+                interrupts.stop(f"{self.name} is saved")
         self._saved = time.monotonic()
         self._took = self._saved - begun
 
     def finish(
-        self, device: torch.device, files: tuple[str, ...] = (), **facts: Any
+        self,
+        device: torch.device,
+        files: tuple[str, ...] = (),
+        *,
+        shared: bool = True,
+        **facts: Any,
     ) -> dict[str, Any]:
         """Marks the stage as finished with its `files` (in `path`), cost and further `facts`.
 
         The peak memory is that of the process that took most.
+
+        Args:
+            shared: whether all processes of the run worked on it, or one, as on a student.
         """
         assert self._meter is not None, "begin comes first"
         cost = {
             "stage": self.name,
             "seconds": round(self.seconds, 3),
             "peak_memory_bytes": max(self.processes.collect(self._meter.peak())),
-            "device": self.processes.times(device_name(device)),
+            "device": self.processes.times(device_name(device)) if shared else device_name(device),
         }
         stored = self.processes.from_main(lambda: self._finish(files, cost, facts))
         self.made.add(self.key)

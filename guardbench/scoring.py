@@ -295,15 +295,24 @@ def attack_batch(resolution: int) -> int:
     return 256 if resolution <= 64 else 64
 
 
+def clean_verdicts(run: Run, model: nn.Module, x: Images, y: Tensor) -> Tensor:
+    """Which images the model gets right, bool [N]; the processes of the run share them."""
+    rows = torch.arange(len(x))[run.processes.share(len(x))]
+    size = attack_batch(x.shape[-1])
+    found = [
+        score_clean(model, x[part], y[part], batch_size=size)
+        for part in torch.split(rows, 16 * size)
+    ]
+    return torch.cat([right for part in run.processes.collect(found) for right in part])
+
+
 def _score(run: Run, model: nn.Module, x: Images, y: Tensor, stage: PlannedStage) -> Outcome:
     folder = stage.folder
     with folder.claimed() as stored:
         if stored is None:
             folder.begin(run.device)
             with run.progress.stage(folder.name, len(x), "images") as bar:
-                mine = run.processes.share(len(x))
-                found = score_clean(model, x[mine], y[mine], batch_size=attack_batch(x.shape[-1]))
-                right = torch.cat(run.processes.collect(found))
+                right = clean_verdicts(run, model, x, y)
                 bar.advance(len(x), f"{100 * right.float().mean():.1f}% right")
             outcome = Outcome.from_flags(right.tolist())
             stored = folder.finish(run.device, outcome=outcome.model_dump(mode="json"))

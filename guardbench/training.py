@@ -204,7 +204,7 @@ def _train(
     for (seed, folder), weights in zip(folders.items(), trained, strict=False):
         models[seed].load_state_dict(weights or {})
         run.processes.from_main(partial(save_weights, models[seed], folder.path / STUDENT))
-        folder.finish(run.device, (STUDENT,))
+        folder.finish(run.device, (STUDENT,), shared=False)
 
 
 def _train_side_by_side(
@@ -231,7 +231,7 @@ def _train_side_by_side(
             if folders[0].due() and epoch + 1 < student.epochs:
                 states = run.processes.collect(None if own is None else own.state())
                 for folder, state in zip(folders, states, strict=False):
-                    folder.checkpoint(state or {})
+                    folder.checkpoint(state or {}, last=folder is folders[-1])
 
 
 class _Training:

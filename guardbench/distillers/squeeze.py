@@ -69,7 +69,7 @@ def squeeze_folder(task: Task, params: Squeeze) -> StageFolder:
 def plan_squeeze(task: Task, params: Squeeze) -> PlannedStage:
     """The stage that trains the teacher; refuses early a wrong regulariser, and too many processes."""
     processes = task.run.processes.count
-    if params.batch_size < processes * params.accumulate:
+    if min(params.batch_size, task.train_images) < processes * params.accumulate:
         raise GuardbenchError(
             f"squeeze.batch_size {params.batch_size}: is too small for {processes} processes and "
             f"accumulate {params.accumulate}; lower one of them."
@@ -187,9 +187,9 @@ def _batches(
     flips = draw_flips(count, generator) & params.flip
     mine = run.processes.share(count)
     whole = run.processes.count == params.accumulate == 1
-    size = -(-(mine.stop - mine.start) // params.accumulate)
-    for first in range(mine.start, mine.stop, size):
-        rows = slice(first, min(first + size, mine.stop))
+    size, parts = mine.stop - mine.start, params.accumulate
+    for part in range(parts):  # as many on every process, whose BN layers wait for each other
+        rows = slice(mine.start + part * size // parts, mine.start + (part + 1) * size // parts)
         images = train.batch(picked[rows], run.device)
         yield Batch(
             model=model,

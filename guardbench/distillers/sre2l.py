@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -131,38 +132,37 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
     folder = _recover_folder(task)
     with folder.claimed() as stored:
         if stored is None:
-            return _recover(task, teacher, folder)
+            distilled = _recover(task, teacher, folder)
+    if task.run.processes.main:
+        for part in folder.path.glob("recovered-*.safetensors"):
+            part.unlink(missing_ok=True)
+    if stored is None:
+        return distilled
     return task.run.processes.from_main(lambda: load_distilled(folder.path / "distilled"))
 
 
 def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledDataset:
     params, run = read_params(task, Params).recover, task.run
     groups = _groups(len(task.classes), task.ipc, params)
-    chunks = _chunks(groups, params.images_a_batch * run.processes.count)
     state = folder.begin(run.device)
-    # A group that is done lies in a file of its own: neither memory nor a checkpoint holds them all.
-    parts = [folder.path / f"recovered-{group.number:05d}.safetensors" for group in groups]
-    there = run.processes.from_main(lambda: [part.is_file() for part in parts])
-    left = [
-        (number, chunk)
-        for number, chunk in enumerate(chunks)
-        if not all(there[group.number] for group in chunk)
-    ]
+    # Chunks that are done lie in files of their own: neither memory nor a checkpoint holds all images.
+    parts, ready = run.processes.from_main(lambda: _ready(folder.path, groups))
+    chunks = _chunks(groups[ready:], params.images_a_batch * run.processes.count)
     if state is not None and state.get("groups") != [
-        g.number for g in (left[0][1] if left else ())
+        g.number for chunk in chunks[:1] for g in chunk
     ]:
-        state = None  # of groups that are done, or of another number of processes
-    total = params.iterations * len(chunks)
-    started = total - len(left) * params.iterations + (int(state["step"]) if state else 0)
+        state = None  # of a chunk that is done, or of another number of processes
+    total = params.iterations * (len(parts) + len(chunks))
+    started = params.iterations * len(parts) + (int(state["step"]) if state else 0)
     with run.progress.stage("recover", total, "steps", started) as bar:
-        for number, chunk in left:
+        for number, chunk in enumerate(chunks, start=len(parts)):
             recovery = _Recovery(task, teacher, params, chunk, number)
             if state is not None:
                 recovery.resume(state)
                 state = None
-            images = recovery.optimise(folder, bar.advance)
-            files = [parts[group.number] for group in chunk]
-            run.processes.from_main(partial(_keep, images, files))
+            data = save({"images": recovery.optimise(folder, bar.advance)})
+            parts.append(_part(folder.path, chunk[0].number))
+            run.processes.from_main(partial(write_bytes, parts[-1], data))
     labels = torch.tensor([label for group in groups for label in group.labels])
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
     distilled = run.processes.from_main(
@@ -180,16 +180,23 @@ def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledD
         )
     )
     folder.finish(run.device, (f"distilled/{MANIFEST}",))
-    if run.processes.main:
-        for part in parts:
-            part.unlink()
     return distilled
 
 
-def _keep(images: Tensor, parts: list[Path]) -> None:
-    """Writes the images of groups of equal size, each group's into its own file."""
-    for part, group in zip(parts, images.chunk(len(parts)), strict=True):
-        write_bytes(part, save({"images": group.clone()}))
+def _part(folder: Path, first: int) -> Path:
+    """The file of the images of a chunk, by the number of its first group."""
+    return folder / f"recovered-{first:05d}.safetensors"
+
+
+def _ready(folder: Path, groups: list[_Group]) -> tuple[list[Path], int]:
+    """The files of the chunks that are done, and how many groups they hold; chunks may be of any size."""
+    parts, ready = [], 0
+    while ready < len(groups) and (part := _part(folder, ready)).is_file():
+        with safe_open(part, "pt") as stored:
+            images = stored.get_slice("images").get_shape()[0]
+        parts.append(part)
+        ready += images // len(groups[ready].labels)
+    return parts, ready
 
 
 def _gathered(parts: list[Path], order: Tensor) -> Tensor:
