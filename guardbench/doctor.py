@@ -271,7 +271,9 @@ def data(places: Places) -> Iterator[Line]:
     named = os.environ.get(DATA_VARIABLE)
     given = {DATA_VARIABLE: named, "--data-dir": places.data_dir and str(places.data_dir)}
     lost = {
-        name: said for name, said in given.items() if said and not Path(said).expanduser().is_dir()
+        name: said
+        for name, said in given.items()
+        if said and not said.startswith("hf:") and not Path(said).expanduser().is_dir()
     }
     for name, said in lost.items():
         yield Line(name, "red", f"{said} is no folder", "name the folder that holds the datasets")

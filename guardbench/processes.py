@@ -25,6 +25,7 @@ from torch import Tensor
 from guardbench.errors import GuardbenchError, PeerError
 
 T = TypeVar("T")
+_SMALL = 1 << 14  # numbers; that many tensors are one message
 HOURS_TO_WAIT = 6
 """For a process that says nothing: the longest that `main` decodes or works alone. One that has died
 is noticed at once by gloo, which sees its connection close, and by the launcher, which stops the rest."""
@@ -71,14 +72,31 @@ class Processes:
         return torch.as_tensor(self._accelerator.reduce(value.detach().clone(), "sum"))
 
     def sum_gradients(self, model: torch.nn.Module) -> None:
-        """Replaces every gradient of `model` by its sum over all processes, in one message."""
+        """Replaces every gradient of `model` by its sum over all processes, in its place."""
         if self.count == 1:
             return
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = self.total(torch.cat([grad.flatten() for grad in grads]))
-        parts = torch.split(flat, [grad.numel() for grad in grads])
-        for grad, whole in zip(grads, parts, strict=True):
-            grad.copy_(whole.view_as(grad))
+        sent, small = [], []
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                continue
+            if parameter.grad.numel() < _SMALL:
+                small.append(parameter.grad)
+                continue
+            # As it lies in memory, which is alike on all: a copy costs as much as the message.
+            grad = (
+                parameter.grad.permute(0, 2, 3, 1) if parameter.grad.ndim == 4 else parameter.grad
+            )
+            if not grad.is_contiguous():
+                parameter.grad = grad = parameter.grad.contiguous()
+            sent.append(torch.distributed.all_reduce(grad, async_op=True))
+        together = torch.cat([grad.flatten() for grad in small])
+        torch.distributed.all_reduce(together)
+        for grad, part in zip(
+            small, torch.split(together, [g.numel() for g in small]), strict=True
+        ):
+            grad.copy_(part.view_as(grad))
+        for message in sent:
+            message.wait()
 
     def take_over(self, model: torch.nn.Module) -> None:
         """Gives every process the parameters and buffers that `model` has in the first."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from guardbench.data.catalog import dataset_info
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
+from guardbench.labels import LabelStore
 from guardbench.methods import load_method
 from guardbench.models import build_model
 from guardbench.pipeline import (
@@ -210,7 +211,8 @@ def _size(plan: Plan, stage: PlannedStage, shape: tuple[int, int, int]) -> int:
         epochs = int(words["experts"]["epochs"])
         return network(words["experts"]["arch"], *shape)[1] * (epochs + 1)
     if kind == "labels":
-        return int(words["views"]["epochs"]) * images * classes * 2
+        kept = LabelStore(stage.folder.path, classes, plan.protocol.student.label_top_k)
+        return int(words["views"]["epochs"]) * images * kept.row_bytes
     if kind == "students":
         return network(plan.protocol.student.arch, *shape)[1]
     if kind == "distilled":
