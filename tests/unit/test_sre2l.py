@@ -2,21 +2,25 @@
 
 import dataclasses
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save
 
 from guardbench import runtime
 from guardbench.data.dataset import load_split
 from guardbench.distilled import load_distilled
 from guardbench.distillers.base import Task
-from guardbench.distillers.squeeze import Squeeze, _backward, squeeze
+from guardbench.distillers.squeeze import Squeeze, _backward, _batches, squeeze
 from guardbench.distillers.sre2l import (
     Recover,
     SRe2L,
     _chunks,
     _groups,
+    _part,
+    _ready,
     _recover_folder,
     bn_discrepancy,
     recover,
@@ -24,9 +28,11 @@ from guardbench.distillers.sre2l import (
 from guardbench.errors import GuardbenchError
 from guardbench.methods import load_method
 from guardbench.models import batch_norms, build_model
+from guardbench.processes import Processes
 from guardbench.progress import Progress
 from guardbench.regularisers.base import Batch, build_regulariser
 from guardbench.runtime import Run, StageFolder
+from guardbench.store import write_bytes
 from guardbench.threat import ThreatModel
 
 
@@ -297,3 +303,30 @@ def test_a_wrong_regulariser_is_told_in_the_plan(tmp_path) -> None:
 def test_a_wrong_recipe_names_its_field(tmp_path) -> None:
     with pytest.raises(GuardbenchError, match=r"method.toml.*digits@8.*recover.lr"):
         SRe2L().plan(make_task(tmp_path, lr=-1))
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, 1), (1, 3), (6, 8), (5, 4)])
+def test_every_process_takes_a_step_in_as_many_parts(tmp_path, count: int, parts: int) -> None:
+    """BN layers wait for each other at each part: one more on one process would stop the run."""
+    task, train = make_task(tmp_path), load_digits()
+    model = build_model("convnet-d3-bn-small", channels=1, classes=10, resolution=8, seed=1)
+    params = Squeeze.model_validate({**task.recipe.params["squeeze"], "accumulate": parts})
+    picked, seen = torch.arange(64), []
+    for rank in range(count):
+        task.run.__dict__["processes"] = Processes(
+            SimpleNamespace(process_index=rank, num_processes=count)
+        )
+        generator = torch.Generator().manual_seed(0)
+        batches = list(_batches(task, train, model, params, picked, generator))
+        assert len(batches) == parts
+        assert all(len(batch.images) for batch in batches)
+        seen += [label for batch in batches for label in batch.labels.tolist()]
+    assert seen == train.labels[picked].tolist()
+
+
+def test_recovered_chunks_are_found_again_whatever_their_size(tmp_path) -> None:
+    groups = _groups(10, 5, Recover(iterations=1, lr=0.1, r_bn=1.0, jitter=0))
+    write_bytes(_part(tmp_path, 0), save({"images": torch.zeros(20, 1, 2, 2)}))
+    assert _ready(tmp_path, groups) == ([_part(tmp_path, 0)], 2)
+    write_bytes(_part(tmp_path, 2), save({"images": torch.zeros(30, 1, 2, 2)}))
+    assert _ready(tmp_path, groups)[1] == 5, "a chunk of a run with more processes"
