@@ -24,8 +24,8 @@ def killed_at(monkeypatch: pytest.MonkeyPatch):
     def run(checkpoint: int, work: Callable[[], object]) -> None:
         real, written = StageFolder.checkpoint, []
 
-        def dies(self: StageFolder, state: Mapping[str, Any]) -> None:
-            real(self, state)
+        def dies(self: StageFolder, state: Mapping[str, Any], **more: bool) -> None:
+            real(self, state, **more)
             written.append(self.name)
             if len(written) == checkpoint:
                 raise KeyboardInterrupt
