@@ -120,7 +120,7 @@ class DoubleBackwardCurvature:
         with running_statistics_kept(batch.model):
             moved = batch.loss(there_images)
         (there,) = torch.autograd.grad(moved * count, there_images, create_graph=True)
-        apart = (there - here).flatten(1).square().sum(1)
+        apart = ((there - here) / batch.scale).flatten(1).square().sum(1)
         penalty = self.weight * batch.shared(apart.mean())
         (loss + penalty).backward()  # type: ignore[no-untyped-call]
         return loss.detach(), penalty.detach()

@@ -348,7 +348,8 @@ def _images_per_second(
     rate = 0.0
     for _ in range(3):  # the first pass pays for initialisation
         begun = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        narrow = torch.float16 if precision == "fp16" else torch.bfloat16
+        with torch.autocast(device.type, narrow, enabled=precision != "fp32"):
             loss = model(images).float().logsumexp(1).mean()
         loss.backward()
         loss.item()

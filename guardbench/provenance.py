@@ -32,7 +32,8 @@ def provenance(
         searched: the precisions that attacks of the dev tier searched in.
         trained: whether the run distilled and trained students, or attacked a finished classifier.
     """
-    precision = {"distillation": run.precision, "students": run.precision} if trained else {}
+    made_in = "fp16, images fp32" if run.precision == "fp16" else run.precision  # see Run.unscaled
+    precision = {"distillation": made_in, "students": run.precision} if trained else {}
     precision["attacks"] = "fp32"
     if searched:
         precision["search"] = " and ".join(sorted(searched))

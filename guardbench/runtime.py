@@ -17,10 +17,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -38,7 +39,7 @@ from guardbench.records import StageCost
 from guardbench.store import explained, write_bytes, write_text
 
 TRACKERS = ("tensorboard", "wandb")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CHECKPOINT_EVERY_S = 20.0
 # Below this resolution a CPU's kernels are too small to gain by bf16 or by threads.
 SMALL_RESOLUTION = 32
@@ -64,7 +65,8 @@ def make_accelerator(
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: of training and distillation (official attacks are float32 whatever it is).
-            `auto` is bf16 where the device gains by it, float32 elsewhere.
+            `auto` is bf16 where the device gains by it, float32 elsewhere. `fp16` scales the losses of
+            networks, see `Run.scaler`, and leaves in float32 what is optimised without one: images.
         resolution: side of the images in pixels.
         trackers: `tensorboard`, `wandb`: who is told the losses of training, see `Run.log`.
         folder: where trackers write.
@@ -78,6 +80,10 @@ def make_accelerator(
     kind = _check_device(device)
     if kind == "cuda" and ":" in device:
         torch.cuda.set_device(torch.device(device))
+    if precision == "fp16" and kind != "cuda":
+        raise GuardbenchError(
+            f"--precision fp16: for GPUs without bf16, and this runs on {kind}; choose bf16 or fp32."
+        )
     if precision == "auto":
         precision = "bf16" if bf16_gains(kind, resolution) else "fp32"
     if kind == "cpu" and resolution < SMALL_RESOLUTION:
@@ -151,7 +157,7 @@ def _gains(kind: str, resolution: int, *, native: bool, flags: str) -> bool:
 
 
 def effective_precision(accelerator: Accelerator) -> str:
-    """`fp32` or `bf16`: what autocast really does on this accelerator."""
+    """`fp32`, `bf16` or `fp16`: what autocast really does on this accelerator."""
     mixed = str(accelerator.mixed_precision)
     return "fp32" if mixed == "no" else mixed
 
@@ -433,6 +439,24 @@ class Run:
     def precision(self) -> str:
         """Effective precision of distillation and training."""
         return effective_precision(self.accelerator)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Precision of forward passes whose gradients, if any, `scaler` guards."""
+        return cast(AbstractContextManager[None], self.accelerator.autocast())
+
+    def unscaled(self) -> AbstractContextManager[None]:
+        """Precision of forward passes whose gradients nothing guards: float32 in a run in float16."""
+        return contextlib.nullcontext() if self.precision == "fp16" else self.autocast()
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """A new scaler of a network's loss, which does nothing but in a run in float16.
+
+        There, small gradients would be 0 without it; where it is too large for a step, the step is left
+        out and it is halved (Micikevicius et al., ICLR 2018, section 3.2).
+        """
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        scaler.scale(torch.ones((), device=self.device))  # it makes its state at the first tensor
+        return scaler
 
     def log(self, step: int, **values: float) -> None:
         """Tells the trackers of `--log-with`, if any."""

@@ -123,7 +123,7 @@ def label_epoch(
     assert teacher is not None, "only a teacher labels views"
     rows = []
     for view in _views(run, student, distilled, epoch):
-        with torch.no_grad(), run.accelerator.autocast():
+        with torch.no_grad(), run.autocast():
             rows.append(teacher(view.render(images, run.device)).half().cpu())
     return torch.cat(rows)
 
@@ -248,7 +248,7 @@ class _Training:
     ) -> None:
         self.run, self.distilled, self.student = run, distilled, student
         self.seed, self.name, self.model = seed, name, model
-        self.optimizer = _optimizer(model, student)
+        self.optimizer, self.scaler = _optimizer(model, student), run.scaler()
         self.images = placed(distilled.images, run.device)
         self.loss_of = _loss(distilled, student, run.device)
         self.epoch, self.loss = 0, 0.0
@@ -259,6 +259,7 @@ class _Training:
             self.epoch = int(state["epoch"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state.get("scaler", {}))
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -266,6 +267,7 @@ class _Training:
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def weights(self) -> dict[str, Tensor]:
@@ -284,14 +286,15 @@ class _Training:
             rows = None if logits is None else logits[begun : begun + count]
             begun += count
             self.optimizer.zero_grad(set_to_none=True)
-            with run.accelerator.autocast():
+            with run.autocast():
                 out = self.model(view.render(self.images, run.device))
             loss = self.loss_of(out.float(), view, rows)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.loss = check_finite(
                 loss, f"{self.name}, epoch {epoch + 1}", "lower student.lr in the protocol"
             )
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.epoch += 1
 
 

@@ -91,7 +91,11 @@ Normalisation = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[
-    str, typer.Option(help="Of distillation and training: auto, fp32 or bf16. Attacks are fp32.")
+    str,
+    typer.Option(
+        help="Of distillation and training: auto, fp32, bf16, or fp16 with a scaled loss, for GPUs without "
+        "bf16. Attacks are fp32."
+    ),
 ]
 DataDir = Annotated[
     Path | None,

@@ -110,11 +110,11 @@ def _distance(
         generator = run.generator("match", "real", step, label)
         view = draw_view(1, generator, params.views)
         batch = network.normalise(real.draw(label, params.real_batch, generator))
-        with torch.no_grad(), run.accelerator.autocast():
+        with torch.no_grad(), run.unscaled():
             wanted.append(embed(apply_view(batch, view)).float().mean(0))
         views.append(apply_view(images, view))
     seen = torch.cat(views).contiguous(memory_format=torch.channels_last)
-    with run.accelerator.autocast():
+    with run.unscaled():
         features = embed(seen).float()
     return feature_distance(features.view(*synthetic.labels.shape, -1), torch.stack(wanted))
 

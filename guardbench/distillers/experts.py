@@ -189,6 +189,7 @@ class _Training:
             momentum=params.momentum,
             weight_decay=params.weight_decay,
         )
+        self.scaler = run.scaler()
 
     def run(self, folder: StageFolder) -> list[Tensor]:
         """The weights [P] before the first epoch and after each, on the CPU."""
@@ -200,6 +201,7 @@ class _Training:
             self.average = state["average"].to(run.device)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state.get("scaler", {}))
         first = len(kept) - 1
         with run.progress.stage(folder.name, epochs, "epochs", first) as bar:
             for epoch in range(first, epochs):
@@ -214,6 +216,7 @@ class _Training:
                             "average": self.average,
                             "model": self.model.state_dict(),
                             "optimizer": self.optimizer.state_dict(),
+                            "scaler": self.scaler.state_dict(),
                         }
                     )
         return kept
@@ -233,16 +236,18 @@ class _Training:
                 images=apply_view(self.train.batch(picked, run.device), view),
                 labels=self.train.labels[picked].to(run.device),
                 generator=generator,
-                autocast=run.accelerator.autocast,
+                autocast=run.autocast,
+                scale=self.scaler.get_scale(),
             )
             self.optimizer.zero_grad(set_to_none=True)
             loss, penalty = self.regulariser.backward(batch)
             value = check_finite(
-                loss + penalty,
+                (loss + penalty) / batch.scale,
                 f"expert {self.number}, epoch {epoch + 1}, step {step + 1}",
                 "lower experts.lr or the regulariser's weight in the method's recipe",
             )
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             if params.ema:
                 self.average.lerp_(self.flat.weights(), 1 - params.ema)
         return value

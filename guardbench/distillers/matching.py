@@ -197,7 +197,7 @@ class _GradientMatching:
                 images=images,
                 labels=torch.full((len(images),), label, device=run.device),
                 generator=generator,
-                autocast=run.accelerator.autocast,
+                autocast=run.unscaled,
             )
             rows.append(real_gradient(self.regulariser, batch, network.backbone))
         return [torch.stack(layer) for layer in zip(*rows, strict=True)]
@@ -215,7 +215,7 @@ class _GradientMatching:
                 if self.siamese:
                     batch = apply_view(batch, draw_view(len(picked), generator, self.params.views))
                 optimizer.zero_grad(set_to_none=True)
-                with run.accelerator.autocast():
+                with run.unscaled():
                     logits = network.backbone(batch.contiguous(memory_format=torch.channels_last))
                 loss = F.cross_entropy(logits.float(), labels[picked])
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -122,6 +122,7 @@ def _train_teacher(
         model.parameters(), params.lr, momentum=0.9, weight_decay=params.weight_decay
     )
     steps = _steps_per_epoch(len(train), params.batch_size)
+    scaler = run.scaler()
     state = folder.begin(run.device)
     first, begun = 0, 0
     if state is not None:
@@ -129,6 +130,7 @@ def _train_teacher(
         first, begun = int(state["epoch"]), int(state.get("step", 0))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state.get("scaler", {}))
     total = params.epochs * steps
     together = synchronised(model, run.processes) if params.sync_bn else nullcontext()
     with run.progress.stage("squeeze", total, "steps", first * steps + begun) as bar, together:
@@ -141,16 +143,18 @@ def _train_teacher(
             for step in range(begun, steps):
                 _set_lr(optimizer, params, (epoch * steps + step) / steps)
                 picked = order[step * params.batch_size : (step + 1) * params.batch_size]
-                batches = _batches(task, train, model, params, picked, generator)
+                scale = scaler.get_scale()
+                batches = _batches(task, train, model, params, picked, generator, scale)
                 optimizer.zero_grad(set_to_none=True)
-                loss, penalty = run.processes.total(_backward(regulariser, batches))
+                loss, penalty = run.processes.total(_backward(regulariser, batches)) / scale
                 value = check_finite(
                     loss + penalty,
                     f"squeeze, epoch {epoch + 1}, step {step + 1}",
                     "lower squeeze.lr or the regulariser's weight in the method's recipe",
                 )
                 run.processes.sum_gradients(model)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 bar.advance(
                     1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"
                 )
@@ -164,6 +168,7 @@ def _train_teacher(
                             "generator": generator.get_state(),
                             "model": model.state_dict(),
                             "optimizer": optimizer.state_dict(),
+                            "scaler": scaler.state_dict(),
                         }
                     )
             begun = 0
@@ -176,6 +181,7 @@ def _batches(
     params: Squeeze,
     picked: Tensor,
     generator: torch.Generator,
+    scale: float,
 ) -> Iterator[Batch]:
     """This process's images of a step, in as many parts as `accumulate` says.
 
@@ -196,9 +202,10 @@ def _batches(
             images=apply_crops(images, boxes[rows], flips[rows], task.resolution),
             labels=train.labels[picked[rows]].to(run.device),
             generator=generator,
-            autocast=run.accelerator.autocast,
+            autocast=run.autocast,
             part=None if whole else (count, rows),
             total=run.processes.total,
+            scale=scale,
         )
 
 

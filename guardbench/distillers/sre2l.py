@@ -332,7 +332,7 @@ class _Recovery:
         self.optimizer.zero_grad(set_to_none=True)
         groups = len(self.chunk)
         with bn_discrepancy(self.teacher, groups, params.first_bn) as terms:
-            with run.accelerator.autocast():
+            with run.unscaled():
                 logits = self.teacher.backbone(views.contiguous(memory_format=torch.channels_last))
             # A sum over groups of what the original minimises for each, so groups stay independent.
             loss = F.cross_entropy(logits.float(), self.labels) * groups

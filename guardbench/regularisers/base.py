@@ -35,6 +35,8 @@ class Batch:
             are these. Losses are then this part's share of the whole batch's mean, so that losses and
             gradients add up to it.
         total: the sum of a tensor over all processes.
+        scale: factor of losses, and so of gradients, for float16: what a regulariser adds must be
+            scaled once, like the loss.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Batch:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     part: tuple[int, slice] | None = None
     total: Callable[[Tensor], Tensor] = field(default=lambda value: value)
+    scale: float = 1.0
 
     @property
     def count(self) -> int:
@@ -52,8 +55,10 @@ class Batch:
         return len(self.images) if self.part is None else self.part[0]
 
     def shared(self, mean: Tensor) -> Tensor:
-        """A mean over these images, as their share of the mean over the batch of all processes."""
-        return mean if self.part is None else mean * (len(self.images) / self.part[0])
+        """A mean over these images, as their share of the mean over the batch of all processes; scaled."""
+        share = 1.0 if self.part is None else len(self.images) / self.part[0]
+        factor = share * self.scale
+        return mean if factor == 1 else mean * factor
 
     def drawn(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
         """Random numbers [N, *shape]: `draw` (`torch.rand`, `torch.randn`) for the whole batch, and of it
@@ -68,11 +73,11 @@ class Batch:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def loss(self, images: Tensor) -> Tensor:
-        """Mean loss of other images in the place of this batch's, under its labels; a scalar."""
+        """Mean loss of other images in the place of this batch's, under its labels; a scalar; scaled."""
         return self.loss_of(self.logits(images))
 
     def loss_of(self, logits: Tensor) -> Tensor:
-        """Mean loss of logits [N, K] under this batch's labels; see `part`."""
+        """Mean loss of logits [N, K] under this batch's labels; see `part` and `scale`."""
         return self.shared(self.criterion(logits, self.labels))
 
 
@@ -89,8 +94,8 @@ class Regulariser(Protocol):
         `.grad` must hold nothing before.
 
         Returns:
-            The loss and the weighted penalty, detached scalars; their sum, over all processes, is what
-            is minimised.
+            The loss and the weighted penalty, detached scalars, scaled as the gradients are; their sum,
+            over all processes, is what is minimised.
         """
         ...
 

@@ -38,6 +38,7 @@ class GradientNorm:
         loss = batch.loss(images)
         # The mean's gradient times N: one image's own loss, as far as batch statistics let it be.
         (slope,) = torch.autograd.grad(loss * batch.count, images, create_graph=True)
+        slope = slope / batch.scale
         # The smallest normal number under the root: where a gradient is zero, its norm has none.
         tiny = torch.finfo(slope.dtype).tiny
         norms = (slope.flatten(1).square().sum(1) + tiny).sqrt()

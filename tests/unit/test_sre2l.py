@@ -317,7 +317,7 @@ def test_every_process_takes_a_step_in_as_many_parts(tmp_path, count: int, parts
             SimpleNamespace(process_index=rank, num_processes=count)
         )
         generator = torch.Generator().manual_seed(0)
-        batches = list(_batches(task, train, model, params, picked, generator))
+        batches = list(_batches(task, train, model, params, picked, generator, 1.0))
         assert len(batches) == parts
         assert all(len(batch.images) for batch in batches)
         seen += [label for batch in batches for label in batch.labels.tolist()]
