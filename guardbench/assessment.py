@@ -117,7 +117,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
     """
     request, protocol, run = prepared.request, prepared.protocol, prepared.run
     sample = prepared.sample
-    with explained(request.output), run.processes.heard():
+    with explained(request.output):
         with run.processes.local_first():
             test = load_split(
                 protocol.dataset,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import Field, ValidationError
@@ -16,6 +18,7 @@ from guardbench.data.catalog import CATALOG, class_names
 from guardbench.errors import GuardbenchError, brief
 from guardbench.figures import new_figure, save_png
 from guardbench.models import Classifier, build_model, load_weights, save_weights
+from guardbench.processes import Processes
 from guardbench.protocol import first_problem
 from guardbench.records import LabelKind, Name, Strict
 from guardbench.store import read_text, write_bytes, write_text
@@ -165,16 +168,48 @@ def load_distilled(folder: Path) -> DistilledDataset:
     _check_as_declared(images, soft, manifest, where=str(folder / IMAGES))
     teacher = None
     if manifest.label_kind == "teacher":
-        teacher = build_model(
-            manifest.teacher_arch or "",
-            channels=manifest.channels,
-            classes=len(manifest.classes),
-            resolution=manifest.resolution,
-            seed=0,
-        )
+        teacher = _fresh_teacher(manifest)
         load_weights(teacher, folder / TEACHER)
-        teacher.eval().requires_grad_(False)
     return DistilledDataset(images, hard, soft, teacher, manifest)
+
+
+def told_by_main(processes: Processes, work: Callable[[], DistilledDataset]) -> DistilledDataset:
+    """What `work`, which reads or writes a folder, gives the first process, for all of them."""
+    if processes.count == 1:
+        return work()
+    found: list[DistilledDataset] = []
+
+    def described() -> tuple[Manifest, bool]:
+        found.append(work())
+        return found[0].manifest, found[0].soft is not None
+
+    manifest, has_soft = processes.from_main(described)
+    whole = found[0] if found else None
+
+    def sent(name: str) -> Tensor:
+        return processes.tensor_from_main(lambda: cast(Tensor, getattr(whole, name)))
+
+    teacher = None if whole is None else whole.teacher
+    if manifest.label_kind == "teacher":
+        teacher = _fresh_teacher(manifest) if teacher is None else teacher
+        for value in teacher.state_dict().values():
+            told = processes.tensor_from_main(lambda value=value: value)  # type: ignore[misc]
+            value.copy_(told)
+    return DistilledDataset(
+        sent("images"), sent("hard"), sent("soft") if has_soft else None, teacher, manifest
+    )
+
+
+def _fresh_teacher(manifest: Manifest) -> Classifier:
+    """A network of the teacher's architecture, in eval mode, without gradients for its weights."""
+    teacher = build_model(
+        manifest.teacher_arch or "",
+        channels=manifest.channels,
+        classes=len(manifest.classes),
+        resolution=manifest.resolution,
+        seed=0,
+    )
+    return teacher.eval().requires_grad_(False)
 
 
 def check_images(images: Tensor, hard: Tensor, *, ipc: int, classes: int, where: str) -> None:

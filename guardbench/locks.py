@@ -13,6 +13,7 @@ import os
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +22,20 @@ if sys.platform != "win32":
     import fcntl
 
 _LIMIT = 400  # characters of what a lock says of its holder
+_POLL_S, _MINUTE = 0.25, 60
 
 
 @contextmanager
-def locked(lock: Path, waiting: Callable[[str], None]) -> Iterator[bool]:
+def locked(
+    lock: Path, waiting: Callable[[str], None], again: Callable[[], object] = lambda: None
+) -> Iterator[bool]:
     """Holds the lock file `lock` to the end of the block; it is removed with it.
 
     Args:
         lock: made if it is not there, with its folder.
         waiting: hears who holds it, such as `pid 12 on node3 since 2026-01-02 14:02:11: guardbench run`,
             before this process waits.
+        again: called once a minute while it waits.
 
     Gives:
         Whether it is held; False where the file system or the platform has no such locks.
@@ -38,7 +43,7 @@ def locked(lock: Path, waiting: Callable[[str], None]) -> Iterator[bool]:
     Raises:
         OSError: the folder cannot be written.
     """
-    handle, held = _taken(lock, waiting)
+    handle, held = _taken(lock, waiting, again)
     try:
         if held:
             os.ftruncate(handle, 0)
@@ -50,12 +55,14 @@ def locked(lock: Path, waiting: Callable[[str], None]) -> Iterator[bool]:
         os.close(handle)
 
 
-def _taken(lock: Path, waiting: Callable[[str], None]) -> tuple[int, bool]:
+def _taken(
+    lock: Path, waiting: Callable[[str], None], again: Callable[[], object]
+) -> tuple[int, bool]:
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            held = _take(handle, waiting)
+            held = _take(handle, waiting, again)
         except BaseException:
             os.close(handle)
             raise
@@ -64,18 +71,25 @@ def _taken(lock: Path, waiting: Callable[[str], None]) -> tuple[int, bool]:
         os.close(handle)  # whoever held it has removed it: the lock is another file by now
 
 
-def _take(handle: int, waiting: Callable[[str], None]) -> bool:
+def _take(handle: int, waiting: Callable[[str], None], again: Callable[[], object]) -> bool:
     if sys.platform == "win32":
         return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        said = os.pread(handle, 4 * _LIMIT, 0).decode(errors="replace")
-        waiting("".join(c for c in said if c.isprintable()) or "it has not said who it is")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+    asked = 0
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if asked == 0:
+                said = os.pread(handle, 4 * _LIMIT, 0).decode(errors="replace")
+                waiting("".join(c for c in said if c.isprintable()) or "it has not said who it is")
+            asked += 1
+            if asked % (_MINUTE / _POLL_S) == 0:
+                again()
+            time.sleep(_POLL_S)
+        except OSError:
+            return False
+        else:
+            return True
 
 
 def _is(handle: int, lock: Path) -> bool:

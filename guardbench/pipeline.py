@@ -230,7 +230,7 @@ def execute(plan: Plan) -> Finished:
     """Runs what is not done yet, writes the record and rebuilds the boards."""
     settings, protocol, run = plan.settings, plan.protocol, plan.task.run
     warnings: list[str] = []
-    with explained(settings.output), run.processes.heard():
+    with explained(settings.output):
         with run.processes.local_first():
             train, test = prepare(plan)
         if not plan.decoded:  # the stages' keys hold the images' digests, known only now

@@ -22,9 +22,10 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 )
 from torch import Tensor
 
-from guardbench.errors import GuardbenchError, PeerError
+from guardbench.errors import PeerError
 
 T = TypeVar("T")
+_PIECE = 1 << 24  # numbers of a tensor that are sent at once
 _SMALL = 1 << 14  # numbers; that many tensors are one message
 HOURS_TO_WAIT = 6
 """For a process that says nothing: the longest that `main` decodes or works alone. One that has died
@@ -127,24 +128,42 @@ class Processes:
             raise PeerError(problem)
         return value  # type: ignore[return-value]
 
+    def tensor_from_main(self, work: Callable[[], Tensor]) -> Tensor:
+        """The tensor that `work` gives to `main`; on the CPU in the others, sent in pieces as it lies.
+
+        What is told by `from_main` is pickled and held several times over.
+        """
+        if self.count == 1:
+            return work()
+        found: list[Tensor] = []
+
+        def described() -> tuple[torch.Size, torch.dtype]:
+            found.append(work())
+            return found[0].shape, found[0].dtype
+
+        shape, dtype = self.from_main(described)
+        value = found[0] if found else torch.empty(shape, dtype=dtype)
+        for part in torch.split(value.reshape(-1), _PIECE):
+            sent = part.to(self._accelerator.device)
+            broadcast(sent)
+            if not self.main:
+                part.copy_(sent)
+        return value
+
     @contextmanager
     def local_first(self) -> Iterator[None]:
         """Inside, the first process of a node is done before its others begin: a cache is built once."""
         with self._accelerator.local_main_process_first():
             yield
 
-    @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Inside, a process that died is told in one line by those that wait for it."""
-        try:
-            yield
-        except RuntimeError as error:
-            words = str(error).lower()
-            lost = ("connection", "gloo", "nccl", "timed out", "distributed", "peer")
-            if self.count == 1 or not any(word in words for word in lost):
-                raise
-            raise GuardbenchError(
-                "another process of this run has stopped, or said nothing for "
-                f"{HOURS_TO_WAIT} hours; its own message says why. Start all of them again to go on "
-                "from here."
-            ) from error
+
+def lost_peer(error: RuntimeError) -> str | None:
+    """What to tell of an error when it is that of a process whose peer has died, else None."""
+    words = str(error).lower()
+    lost = ("connection", "gloo", "nccl", "timed out", "distributed", "peer")
+    if not torch.distributed.is_initialized() or not any(word in words for word in lost):
+        return None
+    return (
+        f"another process of this run has stopped, or said nothing for {HOURS_TO_WAIT} hours; its own "
+        "message says why. Start all of them again to go on from here."
+    )

@@ -243,14 +243,26 @@ class StageFolder:
             yield stored
             return
         with contextlib.ExitStack() as stack:
-            if self.processes.main:
-                lock = self.path / ".lock"
-                with explained(lock):
-                    self._alone = stack.enter_context(locks.locked(lock, self._waiting))
+            self._lock(stack)
             stored = self.finished()
             if stored is None:
                 stack.enter_context(interrupts.inside_stage(self.name))
             yield stored
+
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        """Holds the folder's lock to the end of `stack`; the others hear that it waits."""
+        if not self.processes.main:
+            while self._told_to_wait(wait=True):
+                pass
+            return
+        lock = self.path / ".lock"
+        with explained(lock):
+            held = locks.locked(lock, self._waiting, lambda: self._told_to_wait(wait=True))
+            self._alone = stack.enter_context(held)
+        self._told_to_wait(wait=False)
+
+    def _told_to_wait(self, *, wait: bool) -> bool:
+        return self.processes.from_main(lambda: wait)
 
     def _waiting(self, holder: str) -> None:
         self.say(f"{self.name}: waiting for another process that is at it: {holder}")
@@ -458,9 +470,25 @@ class Run:
         scaler.scale(torch.ones((), device=self.device))  # it makes its state at the first tensor
         return scaler
 
-    def log(self, step: int, **values: float) -> None:
-        """Tells the trackers of `--log-with`, if any."""
-        self.accelerator.log(values, step=step)
+    @property
+    def tracked(self) -> bool:
+        """Whether `--log-with` names any tracker."""
+        return bool(self.accelerator.log_with)
+
+    def log(self, stage: str, step: int, **values: float) -> None:
+        """Tells the trackers of `--log-with`, if any, as `<stage>/<value>`.
+
+        Args:
+            step: of the stage. Weights & Biases, whose own step never goes back, gets it as
+                `<stage>/step`.
+        """
+        for tracker in self.accelerator.trackers if self.processes.main else ():
+            named = {f"{stage}/{name}": value for name, value in values.items()}
+            if tracker.name == "wandb":
+                tracker.tracker.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+                tracker.log({**named, f"{stage}/step": step})
+            else:
+                tracker.log(named, step=step)
 
     def stage(self, name: str, kind: str, words: Mapping[str, Any]) -> StageFolder:
         """The folder of a stage: `<workspace>/<kind>/<first 16 digits of its key>`.

@@ -8,6 +8,7 @@ mixes the pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -225,8 +226,10 @@ def _train_side_by_side(
                 logits = run.processes.from_main(partial(store.read, epoch, digests[epoch]))
             if own is not None and own.epoch == epoch:
                 own.run_epoch(logits)
-            if own is not None:
-                run.log(epoch + 1, **{f"{folders[0].name.replace(' ', '_')}_loss": own.loss})
+            if run.tracked:
+                losses = run.processes.collect(math.nan if own is None else own.loss)
+                for folder, loss in zip(folders, losses, strict=False):
+                    run.log(folder.name, epoch + 1, loss=loss)
             bar.advance(1, "" if own is None else f"loss {own.loss:.4f}")
             if folders[0].due() and epoch + 1 < student.epochs:
                 states = run.processes.collect(None if own is None else own.state())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -77,8 +77,21 @@ def main() -> None:
         except PeerError:
             sys.exit(2)
         except GuardbenchError as error:
-            from guardbench.records import printable
+            _fail(str(error))
+        except RuntimeError as error:
+            if "torch" not in sys.modules:
+                raise
+            from guardbench.processes import lost_peer
 
-            who = f"process {process_rank()}: " if process_rank() else ""
-            typer.echo(f"{who}error: {printable(str(error), 4000)}", err=True)
-            sys.exit(2)
+            words = lost_peer(error)
+            if words is None:
+                raise
+            _fail(words)
+
+
+def _fail(words: str) -> NoReturn:
+    from guardbench.records import printable
+
+    who = f"process {process_rank()}: " if process_rank() else ""
+    typer.echo(f"{who}error: {printable(words, 4000)}", err=True)
+    sys.exit(2)

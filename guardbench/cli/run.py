@@ -168,7 +168,7 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
         f"{protocol.student.epochs} epochs",
         "threat": f"{threat_text(protocol)}; attacks: {', '.join(a.name for a in protocol.attacks)}",
         "engine": settings.engine,
-        "device": device_name(run.device),
+        "device": run.processes.times(device_name(run.device)),
         "precision": f"{run.precision} for distillation and training, fp32 for attacks"
         + (f", which search in {search}" if plan.evaluating.sample is not None else ""),
         "files": str(settings.output),

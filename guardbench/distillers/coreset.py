@@ -14,7 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from guardbench.data.dataset import RealDataset
-from guardbench.distilled import MANIFEST, DistilledDataset, load_distilled, save_distilled
+from guardbench.distilled import (
+    MANIFEST,
+    DistilledDataset,
+    load_distilled,
+    save_distilled,
+    told_by_main,
+)
 from guardbench.distillers.base import PlannedStage, Task, read_params
 from guardbench.distillers.squeeze import Squeeze, plan_squeeze, squeeze, squeeze_folder
 from guardbench.errors import GuardbenchError
@@ -79,7 +85,7 @@ class _Coreset:
         with folder.claimed() as stored:
             if stored is None:
                 return self._distill(task, train, teacher, folder)
-        return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
+        return told_by_main(task.run.processes, partial(load_distilled, folder.path / "distilled"))
 
     def _distill(
         self, task: Task, train: RealDataset, teacher: Classifier | None, folder: StageFolder
@@ -88,7 +94,8 @@ class _Coreset:
         folder.begin(run.device)
         chosen = self.choose(task, train, teacher)
         labels_views = teacher if params.select.labels == "teacher" else None
-        distilled = run.processes.from_main(
+        distilled = told_by_main(
+            run.processes,
             partial(
                 save_distilled,
                 folder.path / "distilled",
@@ -103,7 +110,7 @@ class _Coreset:
                 method=task.method.name,
                 classes=task.classes,
                 provenance={"stage": folder.key, "seed": run.seed, "precision": run.precision},
-            )
+            ),
         )
         folder.finish(run.device, (f"distilled/{MANIFEST}",))
         return distilled

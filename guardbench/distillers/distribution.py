@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from guardbench.data.dataset import RealDataset
-from guardbench.distilled import DistilledDataset, load_distilled
+from guardbench.distilled import DistilledDataset, load_distilled, told_by_main
 from guardbench.distillers.base import PlannedStage, Task, read_params
 from guardbench.distillers.dsa import apply_view, draw_view
 from guardbench.distillers.synthetic import (
@@ -68,7 +68,7 @@ class DM:
         with folder.claimed() as stored:
             if stored is None:
                 return self._distill(task, train, folder)
-        return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
+        return told_by_main(task.run.processes, partial(load_distilled, folder.path / "distilled"))
 
     def _distill(self, task: Task, train: RealDataset, folder: StageFolder) -> DistilledDataset:
         run, params = task.run, read_params(task, Params).match

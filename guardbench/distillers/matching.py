@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from guardbench.data.dataset import RealDataset
-from guardbench.distilled import DistilledDataset, load_distilled
+from guardbench.distilled import DistilledDataset, load_distilled, told_by_main
 from guardbench.distillers.base import PlannedStage, Task, read_params
 from guardbench.distillers.dsa import SiameseView, apply_view, draw_view, seen_in
 from guardbench.distillers.synthetic import (
@@ -94,7 +94,7 @@ class DC:
         with folder.claimed() as stored:
             if stored is None:
                 return _GradientMatching(task, train, siamese=self.siamese).run(folder)
-        return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
+        return told_by_main(task.run.processes, partial(load_distilled, folder.path / "distilled"))
 
 
 class DSA(DC):

@@ -159,7 +159,7 @@ def _train_teacher(
                     1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"
                 )
                 done = epoch * steps + step + 1
-                run.log(done, squeeze_loss=value, squeeze_penalty=float(penalty))
+                run.log("squeeze", done, loss=value, penalty=float(penalty))
                 if folder.due() and done < total:
                     folder.checkpoint(
                         {

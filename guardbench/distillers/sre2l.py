@@ -23,7 +23,13 @@ from torch.nn import functional as F
 
 from guardbench.data.augment import apply_crops, draw_crops, draw_flips
 from guardbench.data.dataset import RealDataset
-from guardbench.distilled import MANIFEST, DistilledDataset, load_distilled, save_distilled
+from guardbench.distilled import (
+    MANIFEST,
+    DistilledDataset,
+    load_distilled,
+    save_distilled,
+    told_by_main,
+)
 from guardbench.distillers.base import PlannedStage, Task, read_params
 from guardbench.distillers.squeeze import (
     Squeeze,
@@ -138,7 +144,7 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
             part.unlink(missing_ok=True)
     if stored is None:
         return distilled
-    return task.run.processes.from_main(lambda: load_distilled(folder.path / "distilled"))
+    return told_by_main(task.run.processes, lambda: load_distilled(folder.path / "distilled"))
 
 
 def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledDataset:
@@ -165,7 +171,8 @@ def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledD
             run.processes.from_main(partial(write_bytes, parts[-1], data))
     labels = torch.tensor([label for group in groups for label in group.labels])
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
-    distilled = run.processes.from_main(
+    distilled = told_by_main(
+        run.processes,
         lambda: save_distilled(
             folder.path / "distilled",
             images=_gathered(parts, order),
@@ -177,7 +184,7 @@ def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledD
             method=task.method.name,
             classes=task.classes,
             provenance={"stage": folder.key, "seed": run.seed, "precision": run.precision},
-        )
+        ),
     )
     folder.finish(run.device, (f"distilled/{MANIFEST}",))
     return distilled
@@ -290,7 +297,7 @@ class _Recovery:
             self.optimizer.param_groups[0]["lr"] = self.params.lr * share
             loss = self._step(step) if self.chunk else 0.0
             advance(1, f"loss {loss:.3f}")
-            self.task.run.log(self.number * self.params.iterations + step + 1, recover_loss=loss)
+            self.task.run.log("recover", self.number * self.params.iterations + step + 1, loss=loss)
             if folder.due() and step + 1 < self.params.iterations:
                 parts = collect(self._kept())
                 kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from guardbench.data.dataset import RealDataset
-from guardbench.distilled import MANIFEST, DistilledDataset, save_distilled
+from guardbench.distilled import MANIFEST, DistilledDataset, save_distilled, told_by_main
 from guardbench.distillers.base import Task
 from guardbench.distillers.dsa import View
 from guardbench.errors import GuardbenchError
@@ -164,7 +164,8 @@ class SyntheticSet:
         with torch.no_grad():
             # The images are in range; leaving normalised pixels may round a value past its end.
             pixels = (self.images * self._std + self._mean).clamp(0, 1)
-        distilled = task.run.processes.from_main(
+        distilled = told_by_main(
+            task.run.processes,
             partial(
                 save_distilled,
                 folder.path / "distilled",
@@ -180,7 +181,7 @@ class SyntheticSet:
                     "seed": task.run.seed,
                     "precision": task.run.precision,
                 },
-            )
+            ),
         )
         folder.finish(task.run.device, (f"distilled/{MANIFEST}",))
         return distilled

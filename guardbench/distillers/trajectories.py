@@ -28,7 +28,13 @@ from torch.nn import functional as F
 
 from guardbench import canonical
 from guardbench.data.dataset import RealDataset
-from guardbench.distilled import MANIFEST, DistilledDataset, load_distilled, save_distilled
+from guardbench.distilled import (
+    MANIFEST,
+    DistilledDataset,
+    load_distilled,
+    save_distilled,
+    told_by_main,
+)
 from guardbench.distillers.base import PlannedStage, Task, read_params
 from guardbench.distillers.experts import (
     Experts,
@@ -160,7 +166,9 @@ class _Trajectories:
         params = read_params(task, Params)
         folder = _match_folder(task, params)
         if folder.finished() is not None:
-            return task.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
+            return told_by_main(
+                task.run.processes, partial(load_distilled, folder.path / "distilled")
+            )
         experts = train_experts(task, params.experts, train)
         with folder.claimed() as stored:
             if stored is None:
@@ -371,7 +379,8 @@ class _Matching:
             "precision": run.precision,
             "student_lr": repr(self.lr.item()),
         }
-        distilled = run.processes.from_main(
+        distilled = told_by_main(
+            run.processes,
             partial(
                 save_distilled,
                 folder.path / "distilled",
@@ -384,7 +393,7 @@ class _Matching:
                 method=task.method.name,
                 classes=task.classes,
                 provenance=provenance,
-            )
+            ),
         )
         folder.finish(run.device, (f"distilled/{MANIFEST}",))
         return distilled

@@ -14,7 +14,14 @@ from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import RealDataset, load_split
 from guardbench.data.locate import locate
 from guardbench.data.peek import class_order
-from guardbench.distilled import MANIFEST, PREVIEW, DistilledDataset, load_distilled, save_distilled
+from guardbench.distilled import (
+    MANIFEST,
+    PREVIEW,
+    DistilledDataset,
+    load_distilled,
+    save_distilled,
+    told_by_main,
+)
 from guardbench.errors import GuardbenchError
 from guardbench.evaluation import (
     EvaluationPlan,
@@ -247,7 +254,7 @@ def execute_score(scoring: Scoring) -> Finished:
     settings, protocol, run = scoring.settings, scoring.protocol, scoring.run
     form, (train, test) = scoring.form, scoring.real
     warnings: list[str] = []
-    with explained(settings.output), scoring.run.processes.heard():
+    with explained(settings.output):
         measured_indices(protocol, test, scoring.evaluating.sample)  # refused before the long part
         distilled = _distilled(scoring)
         cost = stage_cost(scoring.artifact.finished() or {}, shared=scoring.artifact.reused)
@@ -299,7 +306,8 @@ def _distilled(scoring: Scoring) -> DistilledDataset:
                 form.dataset, scoring.settings.data_dir, cache_dir=scoring.settings.cache_dir
             )
             folder.begin(scoring.run.device)
-            scoring.run.processes.from_main(
+            distilled = told_by_main(
+                scoring.run.processes,
                 partial(
                     save_distilled,
                     folder.path / "distilled",
@@ -313,10 +321,13 @@ def _distilled(scoring: Scoring) -> DistilledDataset:
                     method=form.name,
                     classes=class_order(info, located),
                     provenance={"stage": folder.key},
-                )
+                ),
             )
             folder.finish(scoring.run.device, (f"distilled/{MANIFEST}",))
-    distilled = scoring.run.processes.from_main(partial(load_distilled, folder.path / "distilled"))
+        else:
+            distilled = told_by_main(
+                scoring.run.processes, partial(load_distilled, folder.path / "distilled")
+            )
     assert distilled.manifest.label_kind == form.labels, "the check has passed"
     return distilled
 

@@ -1,15 +1,23 @@
 """Started twice by `torchrun`: what each process computes on its part, against the whole on its own."""
 
+from contextlib import ExitStack
 from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Timer
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from guardbench import locks
 from guardbench.batch_norm import synchronised
+from guardbench.distilled import save_distilled, told_by_main
 from guardbench.models import build_model
 from guardbench.processes import Processes
+from guardbench.progress import Progress
 from guardbench.regularisers.base import Batch, build_regulariser
+from guardbench.runtime import Run
 from guardbench.threat import ThreatModel
 
 REGULARISERS = (
@@ -54,6 +62,52 @@ def step(
     return {"loss": value, **found, **dict(model.named_buffers())}
 
 
+def wait_for_a_lock(accelerator: Accelerator) -> None:
+    """Both wait while another run is at a stage, the second told now and then that the first still waits."""
+    locks._POLL_S, locks._MINUTE = 0.05, 0.1
+    told = []
+    with TemporaryDirectory() as name:
+        run = Run(accelerator=accelerator, workspace=Path(name), seed=0, progress=Progress())
+        folder = run.stage("squeeze", "teachers", {})
+        from_main = folder.processes.from_main
+        folder.processes.from_main = lambda work: (told.append(1), from_main(work))[1]
+        with ExitStack() as other:
+            if run.processes.main:
+                other.enter_context(locks.locked(folder.path / ".lock", print))
+                Timer(1.0, other.pop_all().close).start()
+            with folder.claimed() as stored:
+                assert stored is None
+    assert len(told) > 5, told
+
+
+def tell_a_distilled_set(processes: Processes) -> None:
+    """What the first process has, with labels or with a teacher, the second has as well."""
+    for labelled in (False, True):
+        teacher = None if labelled else build_model(
+            "convnet-d3-bn-small", channels=3, classes=10, resolution=8, seed=processes.rank
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(processes.rank)
+        with TemporaryDirectory() as name:
+            found = told_by_main(
+                processes,
+                lambda: save_distilled(
+                    Path(name),
+                    images=torch.rand(20, 3, 8, 8, generator=generator),  # noqa: B023
+                    hard=torch.arange(10).repeat_interleave(2),
+                    soft=torch.eye(10).repeat_interleave(2, 0) if labelled else None,  # noqa: B023
+                    teacher=teacher, teacher_arch="convnet-d3-bn-small",  # noqa: B023
+                    dataset="digits", ipc=2, method="random", classes=tuple("0123456789"), provenance={},
+                ),
+            )  # fmt: skip
+        tensors = [found.images, found.hard, *([] if found.soft is None else [found.soft])]
+        if found.teacher is not None:
+            tensors += [*found.teacher.state_dict().values()]
+        assert len(tensors) > 2
+        one, two = processes.collect(tensors)
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a, b)
+
+
 def main() -> None:
     accelerator = Accelerator(cpu=True)
     processes = Processes(accelerator)
@@ -67,6 +121,9 @@ def main() -> None:
                 most = 1e-5 if words["kind"] == "pgd-released" else 1e-9
                 assert off < most, (words["kind"], images, name, off)
     print("regularisers: the same on two")
+    tell_a_distilled_set(processes)
+    wait_for_a_lock(accelerator)
+    print("waited for a stage that another run was at")
     accelerator.end_training()
 
 

@@ -26,17 +26,14 @@ def environment(**more: str) -> dict[str, str]:
     return clean_environment() | {"OMP_NUM_THREADS": "1"} | more
 
 
-def on_two(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# Without --multi_gpu it starts one process where there are no GPUs, whatever number it is given.
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+
+
+def on_two(launcher: tuple[str, ...], *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher, *words],
+        [sys.executable, "-m", *launcher, *words],
         cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
@@ -67,15 +64,17 @@ def alone(tmp_path_factory) -> Path:
 
 
 def test_parts_add_up_to_the_whole() -> None:
-    result = on_two(str(Path(__file__).with_name("on_two.py")), cwd=Path.cwd())
+    result = on_two(TORCHRUN, str(Path(__file__).with_name("on_two.py")), cwd=Path.cwd())
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("the same on two") == 2
+    assert result.stdout.count("waited") == 2
 
 
 def test_two_processes_make_the_record_of_one(alone: Path) -> None:
-    result = on_two("-m", "guardbench", *WORDS, "--output", "two", cwd=alone)
+    result = on_two(ACCELERATE, "-m", "guardbench", *WORDS, "--output", "two", cwd=alone)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("expected") == 1, "the first process alone speaks"
+    assert "device       2 x cpu" in result.stdout
     one, two = the_record(alone / "one"), the_record(alone / "two")
     assert two.provenance.device == f"2 x {one.provenance.device}"
     assert {c.stage for c in two.cost} == {c.stage for c in one.cost}
