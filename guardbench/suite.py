@@ -32,6 +32,7 @@ from guardbench.pipeline import (
 from guardbench.progress import Progress
 from guardbench.record_files import load_record
 from guardbench.records import ResultRecord
+from guardbench.scoring import engines_used
 from guardbench.suite_file import Wanted
 
 
@@ -166,7 +167,7 @@ def _planned(
 
 
 def recorded(plan: Plan) -> ResultRecord | None:
-    """The record that the run would make, if it is there: of this protocol and recipe, by any device.
+    """The record that the run would make, if it is there: of this protocol, recipe and engine, by any device.
 
     With `--publish`, the published one counts.
 
@@ -182,6 +183,7 @@ def recorded(plan: Plan) -> ResultRecord | None:
         record.protocol_sha256 == plan.protocol.digest
         and record.method.recipe_sha256 == planned_method(plan).recipe_sha256
         and record.test.total == (plan.evaluating.sample or plan.protocol.test.count)
+        and record.provenance.engines == engines_used(plan.protocol, plan.settings.engine)
         and (not plan.settings.references or all(run.references for run in record.seeds))
     )
     return record if same else None

@@ -66,7 +66,7 @@ class Runner:
 
     Args:
         launcher: what comes before `-m guardbench`: by default this Python, else such as
-            `accelerate launch --num_processes 4`.
+            `accelerate launch --multi_gpu --num_processes 4`.
     """
 
     def __init__(self, launcher: Sequence[str] = ()) -> None:

@@ -40,7 +40,7 @@ def suite(
         Path | None,
         typer.Argument(
             metavar="[FILE]",
-            help="A TOML file of [[matrix]] tables; --methods, --protocols and --ipcs then choose from it.",
+            help="A TOML file of matrices (README, Suites); --methods, --protocols and --ipcs then choose from it.",
             show_default=False,
         ),
     ] = None,
@@ -88,7 +88,7 @@ def suite(
         str,
         typer.Option(
             metavar="COMMAND",
-            help="What starts each cell, such as 'accelerate launch --num_processes 4'.",
+            help="What starts each cell, such as 'accelerate launch --multi_gpu --num_processes 4'.",
             show_default=False,
         ),
     ] = "",

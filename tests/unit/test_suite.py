@@ -233,7 +233,12 @@ def test_a_cell_is_done_when_its_record_is_of_this_protocol_and_recipe(made, mon
     other = record.model_copy(
         update={"method": record.method.model_copy(update={"recipe_sha256": "0" * 64})}
     )
-    for changed in (other, record.model_copy(update={"protocol_sha256": "0" * 64})):
+    made_by = record.provenance.model_copy(update={"engines": {"square": "reference"}})
+    for changed in (
+        other,
+        record.model_copy(update={"protocol_sha256": "0" * 64}),
+        record.model_copy(update={"provenance": made_by}),
+    ):
         save_record(path, changed)
         assert recorded(plan) is None
     path.write_text("{")
