@@ -5,11 +5,15 @@
 
 Makes a set of 1,000 classes of JPEGs in a temporary folder, which is removed after: as class folders, as
 parquet shards in the Hub's layout and as webdataset tars, of the same bytes (with one cache, about 45 GB at
-the default size). For each container two processes take turns: one decodes the container into the cache, as
-`guardbench run` would; the other is the bare loop, which decodes, resizes and crops each file of the
-folders with one thread a core, and keeps nothing. Printed are the loader's largest resident memory, and the
-ratio of its images a second to those of the bare loop beside it. Then an epoch of batches in a random order
-is read from the finished cache by a third process. The three datasets must have one digest.
+the default size). For each container three processes take turns:
+
+- the bare loop decodes, resizes and crops each file of the folders, one thread a core, and keeps nothing;
+- the loader feeds the images of the container in their order, and keeps nothing;
+- a build does that, hashes them and writes them to the cache, as the first `guardbench run` on them does.
+
+Printed are images a second, their ratios to those of the bare loop, and the largest resident memory of each
+process. Then another reads an epoch of batches in a random order from the finished cache, as training does.
+The three datasets must have one digest.
 """
 
 import argparse
@@ -84,23 +88,34 @@ def make(root, images, side):
     return sum(file.stat().st_size for file in (root / "tars/imagenet").iterdir()) / images
 
 
-def prepare(contestant, root, resolution):
-    """What `in_turns` times: the loader of a container, or the bare loop."""
+def prepare(contestant, container, root, resolution):
+    """What `in_turns` times: the loader of a container, feeding or building, or the bare loop."""
     import datasets  # noqa: F401 - ten seconds on a busy machine, and no part of loading
 
     from guardbench.data.dataset import load_split
+    from guardbench.data.decode import decoded
+    from guardbench.data.locate import locate
+    from guardbench.data.source import open_source
     from guardbench.progress import Progress
 
-    def load():
+    cache = root / "cache" / container
+
+    def feed():
+        located = locate("imagenet", root / container, cache_dir=cache)
+        source = open_source(dataset_info("imagenet"), located, "train")
+        blocks = decoded(source.open(), resolution, source.channels)
+        return sum(len(block.items) for block in blocks), resident()
+
+    def build():
         begun = resident()
         split = load_split(
-            "imagenet", "train", resolution=resolution, data_dir=root / contestant,
-            cache_dir=root / "cache" / contestant, progress=Progress(),
+            "imagenet", "train", resolution=resolution, data_dir=root / container,
+            cache_dir=cache, progress=Progress(),
         )  # fmt: skip
         return begun, resident(), split.digest, len(split)
 
     if contestant != "bare":
-        return load
+        return {"feed": feed, "build": build}[contestant]
     files = sorted(str(path) for path in (root / "folders").rglob("*.JPEG"))
     cores = len(os.sched_getaffinity(0))
 
@@ -162,21 +177,23 @@ def main():
         )
         digests = set()
         for container in CONTAINERS:
-            found = in_turns(
-                prepare,
-                {
-                    container: (container, root, args.resolution),
-                    "bare": ("bare", root, args.resolution),
-                },
-            )
-            (before, peak, digest, count), seconds = found[container]
+            words = (container, root, args.resolution)
+            found = in_turns(prepare, {name: (name, *words) for name in ("feed", "build", "bare")})
+            (fed, fed_peak), feeding = found["feed"]
+            (before, peak, digest, count), building = found["build"]
             bare = found["bare"][1]
-            reading = in_turns(prepare_read, {"read": (root, container, args.resolution)})["read"]
+            assert fed == count == args.images
+            (read_peak, reading) = in_turns(
+                prepare_read, {"read": (root, container, args.resolution)}
+            )["read"]
             digests.add(digest)
             print(
-                f"{container:8s} {count / seconds:6.0f} images/s, {bare / seconds:.2f} of the bare loop's "
-                f"{count / bare:.0f}; resident at most {peak / 1e6:.0f} MB ({before / 1e6:.0f} before); "
-                f"batches at {count / reading[1]:.0f} images/s, at most {reading[0] / 1e6:.0f} MB"
+                f"{container:8s} feeds {count / feeding:.0f} images/s, {bare / feeding:.2f} of the bare "
+                f"loop's {count / bare:.0f}, resident at most {fed_peak / 1e6:.0f} MB; builds the cache at "
+                f"{count / building:.0f}, {bare / building:.2f}, {peak / 1e6:.0f} MB ({before / 1e6:.0f} "
+                f"before); batches from it at {count / reading:.0f}, {bare / reading:.1f}, "
+                f"{read_peak / 1e6:.0f} MB",
+                flush=True,
             )
             for file in (root / "cache" / container / "datasets").iterdir():
                 file.unlink()

@@ -45,6 +45,8 @@ def seconds(
     command += ["--set", f"squeeze.epochs={words.epochs}"]
     command += ["--set", f"recover.iterations={words.iterations}"]
     command += ["--set", "recover.images_a_batch=50"]  # the same batches on one and on two
+    for value in words.set:
+        command += ["--set", value]
     command += ["--data-dir", str(words.data_dir)] if words.data_dir else []
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=one_thread, stdout=subprocess.DEVNULL)
@@ -86,6 +88,13 @@ def main() -> None:
     words.add_argument("--images", type=int, default=200)
     words.add_argument("--epochs", type=int, default=1, help="of the squeeze")
     words.add_argument("--iterations", type=int, default=40, help="of recover")
+    words.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=VALUE",
+        help="of the recipe, as `guardbench run --set`: squeeze.batch_size=256, squeeze.sync_bn=false",
+    )
     words.add_argument("--rounds", type=int, default=1)
     words.add_argument("--data-dir", type=Path)
     args = words.parse_args()
