@@ -36,9 +36,11 @@ def _forward(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return nn.BatchNorm2d.forward(layer, x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     with torch.no_grad():  # torch's own pass over the rows, without a copy of them
-        mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
-        mean, variance, count = _over_all(mean, variance + mean.square(), x.numel() // x.shape[1])
-    _move_running(layer, mean, (variance * count / (count - 1)).to(mean.dtype))
+        own = [part.double() for part in torch.batch_norm_update_stats(wide, None, None, 0.0)]
+        square = own[1] + own[0].square()
+        found = _over_all(own[0], square, x.numel() // x.shape[1])
+        mean, variance, count = (part.to(wide.dtype) for part in found)
+    _move_running(layer, mean, variance * count / (count - 1))
     moved: Tensor = _Normalise.apply(
         wide, layer.weight, layer.bias, mean, variance, count, layer.eps
     )
@@ -86,7 +88,7 @@ class _Normalise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             sums = _sum(torch.stack([dweight, dbias]))
             inverse = (variance + ctx.eps).rsqrt()
-            scale = weight * inverse / count.to(x.dtype)
+            scale = weight * inverse / count
             slope = scale * inverse * sums[0]
             rows = _rows(dx)
             rows.addcmul_(_rows(x), slope, value=-1).add_(slope * mean - scale * sums[1])
@@ -96,27 +98,24 @@ class _Normalise(torch.autograd.Function):
 
 def _plainly(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The same in operations that can be differentiated any number of times."""
-    mean, variance, _ = _statistics(x)
-    scale = (variance + eps).rsqrt() * weight
-    return _images(_rows(x) * scale + (bias - mean * scale), x)
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance [C] of x [n, C, H, W] over all processes, and of how many values."""
     rows = _rows(x)
     # Plain means are several times faster than var_mean.
-    return _over_all(rows.mean(0), rows.square().mean(0), len(rows))
+    own = rows.mean(0).double(), rows.square().mean(0).double()
+    mean, variance = (part.to(x.dtype) for part in _over_all(*own, len(rows))[:2])
+    scale = (variance + eps).rsqrt() * weight
+    return _images(rows * scale + (bias - mean * scale), x)
 
 
 def _over_all(mean: Tensor, square: Tensor, values: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count of all values, of the mean and mean square of this process's."""
-    # What is added up between processes is float64.
-    sums = torch.cat([mean, square, mean.new_ones(1)]).double() * values
-    sums = _Sum.apply(sums)
+    """Mean and biased variance [C] of all processes' values, and how many they are, float64.
+
+    Args:
+        mean, square: of this process's `values` and of their squares, float64 [C].
+    """
+    sums = _Sum.apply(torch.cat([mean, square, mean.new_ones(1)]) * values)
     count = sums[-1].detach()  # a tensor: to read it would make a GPU wait at each layer
-    whole, whole_square = (sums[:-1] / count).chunk(2)
-    variance = (whole_square - whole.square()).clamp_min(0)
-    return whole.to(mean.dtype), variance.to(mean.dtype), count
+    mean, square = (sums[:-1] / count).chunk(2)
+    return mean, (square - mean.square()).clamp_min(0), count
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def suite(
         Path | None,
         typer.Argument(
             metavar="[FILE]",
-            help="A TOML file of matrices (README, Suites); --methods, --protocols and --ipcs choose from it.",
+            help="A TOML file of matrices (see README); --methods, --protocols and --ipcs choose from it.",
             show_default=False,
         ),
     ] = None,
