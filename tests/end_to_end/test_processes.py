@@ -17,7 +17,7 @@ from guardbench.record_files import load_record
 from guardbench.records import ResultRecord
 
 # Long enough to learn something, short enough that rounding has not yet grown into another network.
-SETTINGS = ("--set", "squeeze.epochs=4", "--set", "recover.iterations=40")
+SETTINGS = ("--set", "squeeze.epochs=3", "--set", "recover.iterations=20")
 WORDS = ("run", "--method", "guard", "--protocol", "quick.toml", "--ipc", "10", *SETTINGS)
 APART = 0.02  # of the images may have another verdict
 

@@ -222,8 +222,8 @@ BROKEN = {
     "ipc that no protocol has": (
         rewritten(ipc="7"),
         "submission.toml: ipc: no protocol measures digits at 8 px, IPC 7; there are cifar10 at 32 px, "
-        "IPC 1, 10, 50, 100; digits at 8 px, IPC 1, 10, 50, 100; imagenette at 224 px, IPC 1, 10, 50, "
-        "100; imagenette at 64 px, IPC 1, 10, 50, 100.",
+        "IPC 1, 10, 50, 100; digits at 8 px, IPC 1, 10, 50, 100; imagenet at 224 px, IPC 1, 10, 50, 100; "
+        "imagenette at 224 px, IPC 1, 10, 50, 100; imagenette at 64 px, IPC 1, 10, 50, 100.",
     ),
     "unknown field": (
         rewritten(colour='"red"'),
