@@ -54,8 +54,8 @@ def alone(protocol_id: str, count: int, data_dir: Path | None) -> None:
         y = torch.cat([model(x[first : first + size]).argmax(1) for first in range(0, count, size)])
     meter = MemoryMeter(torch.device("cpu"))
     clean = score_clean(model, x, y, batch_size=size)
-    for kind, attack in attacks.items():
-        for index in plan_batches(clean, images_at_a_time(attack, kind, x[:1])):
+    for attack in attacks.values():
+        for index in plan_batches(clean, images_at_a_time(attack, x[:1])):
             run_batch(attack, model, x, y, index, seed=0)
     print(int(clean.sum()), meter.peak())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +63,18 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     return scaled / per_image(length(scaled, "l2").clamp_min(1e-12), gradient)
 
 
-def random_start(x: Tensor, threat: ThreatModel, seed: int, restart: int = 0) -> Tensor:
+def random_start(x: Tensor, threat: ThreatModel, seed: int, restart: int | Tensor = 0) -> Tensor:
     """A uniformly random point of the ball (l-inf or l2) around every image, clipped to [0, 1].
 
     The noise of an image is a function of `seed`, `restart` and the image's own bytes, and is
-    drawn on the CPU: it does not depend on the device, on the batch or on the place in it.
+    drawn on the CPU: it does not depend on the device, on the batch or on the place in it. `restart`
+    is one number, or one an image [N].
     """
-    noise = [_noise(image, threat, seed, restart) for image in x.detach().cpu()]
+    numbers = _an_image(restart, len(x))
+    noise = [
+        _noise(image, threat, seed, number)
+        for image, number in zip(x.detach().cpu(), numbers, strict=True)
+    ]
     return project(x + torch.stack(noise).to(x.device, x.dtype), x, threat)
 
 
@@ -84,7 +90,7 @@ def content_generator(image: Tensor, seed: int, *names: str | int) -> torch.Gene
 def content_noise(
     x: Tensor,
     seed: int,
-    *names: str | int,
+    *names: str | int | Tensor,
     shape: Sequence[int] | None = None,
     normal: bool = False,
 ) -> Tensor:
@@ -92,18 +98,23 @@ def content_noise(
 
     Args:
         x: clean images [N, C, H, W].
+        names: the same for all images, or one an image, int64 [N].
         shape: of one image's numbers; that of the image unless told.
         normal: standard normal in place of uniform in -1 to 1.
     """
     wanted = x.shape[1:] if shape is None else shape
     drawn = []
-    for image in x:
-        generator = content_generator(image, seed, *names)
+    for image, *own in zip(x, *(_an_image(name, len(x)) for name in names), strict=True):
+        generator = content_generator(image, seed, *own)
         one = torch.empty(*wanted)
         drawn.append(
             one.normal_(generator=generator) if normal else one.uniform_(-1, 1, generator=generator)
         )
     return torch.stack(drawn).to(x)
+
+
+def _an_image(value: str | int | Tensor, count: int) -> list[Any]:
+    return value.tolist() if isinstance(value, Tensor) else [value] * count
 
 
 def _noise(image: Tensor, threat: ThreatModel, seed: int, restart: int) -> Tensor:

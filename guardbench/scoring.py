@@ -41,12 +41,10 @@ from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
 from guardbench.runtime import Run, StageFolder, bf16_gains, seeded, stage_cost
 from guardbench.tier import measured
 
-ENGINE_VERSION = 3
-"""Part of the key of what attacks find: raised when their verdicts may change."""
+ENGINE_VERSION = 4
+"""Part of the key of what attacks find: raised when their verdicts, or their checkpoints, may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""
-STREAMED = ("autoattack", "square", "apgd", "fab", "deepfool", "spsa")
-"""The kinds that `attacks.stream` runs, unless pyautoattack does."""
 
 
 @dataclass(frozen=True)
@@ -280,13 +278,10 @@ def taken_over(protocol: Protocol, spec: AttackSpec, engine: Engine) -> tuple[At
     )
 
 
-def images_at_a_time(attack: Attack, kind: str, x: Tensor) -> int:
+def images_at_a_time(attack: Attack, x: Tensor) -> int:
     """Images between two checkpoints. `stream` fills its batch from all that it is given, so a few
     batches' worth keep it full; more would cost memory that grows with the number of images."""
-    batch = attack_batch(x.shape[-1])
-    if _run_by(attack) == "reference":
-        return batch
-    return 4 * rows_at_once(x) if kind in STREAMED else max(batch, rows_at_once(x))
+    return attack_batch(x.shape[-1]) if _run_by(attack) == "reference" else 4 * rows_at_once(x)
 
 
 def attack_batch(resolution: int) -> int:
@@ -391,7 +386,7 @@ def _attack(
     for outcome in before.values():
         right &= torch.tensor(outcome.flags())
     robust, distance = right.clone(), torch.zeros(count, dtype=torch.float64)
-    size = images_at_a_time(attack, spec.kind, x[:1].to(run.device))
+    size = images_at_a_time(attack, x[:1].to(run.device))
     untouched = _run_by(attack) == "reference"
     state = folder.begin(run.device)
     decided, streams = 0, []  # how many of those that are right have their verdict, in order

@@ -89,11 +89,7 @@ class _Search:
         return self.attack.steps + 1
 
     def begin(self, x: Tensor, y: Tensor, image: Tensor, job: Tensor) -> Rows:
-        starts = x.clone()
-        for number in set(job.tolist()):
-            mine = job == number
-            starts[mine] = random_start(x[mine], self.attack.threat, self.seed, number)
-        count = len(x)
+        starts, count = random_start(x, self.attack.threat, self.seed, job), len(x)
         rows = {
             "x": x,
             "y": y,

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.search import State, search
+from guardbench.attacks.search import search
+from guardbench.attacks.stream import Rows
+from guardbench.ball import per_image
 from guardbench.errors import GuardbenchError
 
 BETAS, TINY = (0.9, 0.999), 1e-8
@@ -51,29 +53,34 @@ class CW:
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:  # noqa: ARG002
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N]."""
-        # Pixels at 0 and 1 would be at infinity; this moves them by 5e-7.
-        start = torch.atanh((2 * x - 1) * (1 - 1e-6))
-        state = (start, torch.zeros_like(x), torch.zeros_like(x))
         return search(
             model,
             x,
             y,
-            state,
+            self._adam,
             steps=self.steps,
-            update=self._adam,
+            start=_tanh_space,
             objective=self._objective,
             image=lambda w: (torch.tanh(w) + 1) / 2,
-        )[0]
+        )
 
-    def _objective(self, logits: Tensor, adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        own = logits.gather(1, y[:, None]).squeeze(1)
-        other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-        return (adv - x).square().sum() + self.c * (own - other).clamp_min(-self.kappa).sum()
+    def _objective(self, logits: Tensor, rows: Rows) -> Tensor:
+        label = rows["y"][:, None]
+        own = logits.gather(1, label).squeeze(1)
+        other = logits.scatter(1, label, -torch.inf).amax(1)
+        size = (rows["adv"] - rows["x"]).square().sum()
+        return size + self.c * (own - other).clamp_min(-self.kappa).sum()
 
-    def _adam(self, state: State, gradient: Tensor, x: Tensor, step: int) -> State:  # noqa: ARG002
-        w, first, second = state
-        first = BETAS[0] * first + (1 - BETAS[0]) * gradient
-        second = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
-        mean = first / (1 - BETAS[0] ** (step + 1))
-        spread = (second / (1 - BETAS[1] ** (step + 1))).sqrt()
-        return w - self.lr * mean / (spread + TINY), first, second
+    def _adam(self, rows: Rows, gradient: Tensor) -> Rows:
+        w, taken = rows["point"], per_image(rows["age"] + 1, gradient).to(gradient)
+        first = BETAS[0] * rows["first"] + (1 - BETAS[0]) * gradient
+        second = BETAS[1] * rows["second"] + (1 - BETAS[1]) * gradient.square()
+        mean = first / (1 - BETAS[0] ** taken)
+        spread = (second / (1 - BETAS[1] ** taken)).sqrt()
+        return {"point": w - self.lr * mean / (spread + TINY), "first": first, "second": second}
+
+
+def _tanh_space(x: Tensor, y: Tensor, job: Tensor) -> Rows:  # noqa: ARG001
+    # Pixels at 0 and 1 would be at infinity; this moves them by 5e-7.
+    w = torch.atanh((2 * x - 1) * (1 - 1e-6))
+    return {"point": w, "first": torch.zeros_like(x), "second": torch.zeros_like(x)}

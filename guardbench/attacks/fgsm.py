@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from guardbench.attacks.search import State, search
+from guardbench.attacks.search import search
+from guardbench.attacks.stream import Rows
 from guardbench.ball import project, require_norm, steepest
 from guardbench.threat import ThreatModel
 
@@ -30,8 +31,8 @@ class FGSM:
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:  # noqa: ARG002
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N]."""
 
-        def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:  # noqa: ARG001
-            move = steepest(gradient, self.threat.norm)
-            return (project(state[0] + float(self.threat.eps) * move, x, self.threat),)
+        def update(rows: Rows, gradient: Tensor) -> Rows:
+            ahead = rows["point"] + float(self.threat.eps) * steepest(gradient, self.threat.norm)
+            return {"point": project(ahead, rows["x"], self.threat)}
 
-        return search(model, x, y, (x,), steps=1, update=update)[0]
+        return search(model, x, y, update, steps=1)

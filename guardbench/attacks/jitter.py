@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.search import State, search
+from guardbench.attacks.search import search
+from guardbench.attacks.stream import Rows
 from guardbench.ball import content_noise, project, random_start, require_norm, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
@@ -44,19 +45,21 @@ class Jitter:
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N]."""
-        taken, size = 0, self.step * float(self.threat.eps)
+        size = self.step * float(self.threat.eps)
 
-        def objective(logits: Tensor, adv: Tensor, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
-            top = logits.abs().amax(1, keepdim=True).clamp_min(1e-12)
-            noise = content_noise(x, seed, "jitter", taken, shape=logits.shape[1:], normal=True)
+        def start(x: Tensor, y: Tensor, job: Tensor) -> Rows:  # noqa: ARG001
+            return {"point": random_start(x, self.threat, seed)}
+
+        def objective(logits: Tensor, rows: Rows) -> Tensor:
+            top, classes = logits.abs().amax(1, keepdim=True).clamp_min(1e-12), logits.shape[1:]
+            noise = content_noise(
+                rows["x"], seed, "jitter", rows["age"], shape=classes, normal=True
+            )
             found = (self.scale * logits / top).softmax(1) + self.noise * noise
-            return (found - F.one_hot(y, logits.shape[1])).square().sum()
+            return (found - F.one_hot(rows["y"], *classes)).square().sum()
 
-        def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:
-            nonlocal taken
-            taken = step + 1
-            move = steepest(gradient, self.threat.norm)
-            return (project(state[0] + size * move, x, self.threat),)
+        def update(rows: Rows, gradient: Tensor) -> Rows:
+            ahead = rows["point"] + size * steepest(gradient, self.threat.norm)
+            return {"point": project(ahead, rows["x"], self.threat)}
 
-        start = (random_start(x, self.threat, seed),)
-        return search(model, x, y, start, steps=self.steps, update=update, objective=objective)[0]
+        return search(model, x, y, update, steps=self.steps, start=start, objective=objective)

@@ -8,7 +8,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.search import State, search
+from guardbench.attacks.search import search
+from guardbench.attacks.stream import Rows
 from guardbench.ball import length, per_image, project, require_norm, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
@@ -43,13 +44,17 @@ class MIM:
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:  # noqa: ARG002
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N]."""
 
-        def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:  # noqa: ARG001
-            adv, momentum = state
-            momentum = gathered(momentum, gradient, self.decay)
-            move = steepest(momentum, self.threat.norm)
-            return project(adv + float(self.step) * move, x, self.threat), momentum
+        def update(rows: Rows, gradient: Tensor) -> Rows:
+            momentum = gathered(rows["momentum"], gradient, self.decay)
+            ahead = rows["point"] + float(self.step) * steepest(momentum, self.threat.norm)
+            return {"point": project(ahead, rows["x"], self.threat), "momentum": momentum}
 
-        return search(model, x, y, (x, torch.zeros_like(x)), steps=self.steps, update=update)[0]
+        return search(model, x, y, update, steps=self.steps, start=at_rest)
+
+
+def at_rest(x: Tensor, y: Tensor, job: Tensor) -> Rows:  # noqa: ARG001
+    """A start at the clean image, without momentum; see `search.Start`."""
+    return {"point": x, "momentum": torch.zeros_like(x)}
 
 
 def gathered(momentum: Tensor, gradient: Tensor, decay: float) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.search import State, search
-from guardbench.attacks.stream import within
+from guardbench.attacks.search import search
+from guardbench.attacks.stream import Rows
 from guardbench.ball import project, random_start, require_norm, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
@@ -28,7 +27,7 @@ class PGD:
         steps: gradient steps a restart.
         step: length of a step in [0, 1] pixel units, in the norm of the threat.
         random_start: begin at a uniformly random point of the ball instead of the clean image.
-        restarts: independent runs; only images that survive one are attacked by the next.
+        restarts: independent runs; an image that one of them breaks leaves the others.
     """
 
     threat: ThreatModel
@@ -47,19 +46,11 @@ class PGD:
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Adversarial images [N, C, H, W] for images `x` in [0, 1] and labels `y` [N]."""
 
-        def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:  # noqa: ARG001
-            move = steepest(gradient, self.threat.norm)
-            return (project(state[0] + float(self.step) * move, x, self.threat),)
+        def start(x: Tensor, y: Tensor, job: Tensor) -> Rows:  # noqa: ARG001
+            return {"point": random_start(x, self.threat, seed, job) if self.random_start else x}
 
-        adv, live = x.clone(), torch.arange(len(x), device=x.device)
-        for restart in range(self.restarts):
-            if not len(live):
-                break
-            rest = x[live]
-            start = random_start(rest, self.threat, seed, restart) if self.random_start else rest
-            with within(restart / self.restarts, (restart + 1) / self.restarts):
-                adv[live], fooled = search(
-                    model, rest, y[live], (start,), steps=self.steps, update=update
-                )
-            live = live[~fooled]
-        return adv
+        def update(rows: Rows, gradient: Tensor) -> Rows:
+            ahead = rows["point"] + float(self.step) * steepest(gradient, self.threat.norm)
+            return {"point": project(ahead, rows["x"], self.threat)}
+
+        return search(model, x, y, update, steps=self.steps, start=start, jobs=self.restarts)

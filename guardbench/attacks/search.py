@@ -1,122 +1,120 @@
-"""The loop that the iterative attacks share: follow a gradient, let broken images leave."""
+"""The search that the iterative attacks share: follow a gradient from a start."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.stream import Fitting, Teller, gradient_of
+from guardbench.attacks.stream import Rows, gradient_of, stream
 
-State = tuple[Tensor, ...]
-"""Per-image tensors [n, ...]: first what the gradient moves, then what the attack remembers."""
+Start = Callable[[Tensor, Tensor, Tensor], Rows]
+"""What an attack remembers of an image at first, from clean images [n, C, H, W], labels [n] and the
+number of the search of its image [n]; `point` is what the gradient moves."""
 
-
-class Update(Protocol):
-    """One step of an attack: the next state of the images still searched."""
-
-    def __call__(self, state: State, gradient: Tensor, x: Tensor, step: int) -> State:
-        """Gives the next state.
-
-        Args:
-            state: as the last update left it; `state[0]` is where the gradient was taken.
-            gradient: of the summed objective in `state[0]`, same shape.
-            x: clean images of the same rows.
-            step: 0 for the first update.
-        """
+Update = Callable[[Rows, Tensor], Rows]
+"""What changes in a step: gets the rows still searched, `age` the steps that each has taken, and the
+gradient of the summed objective in `point`; gives `point` and whatever else is new."""
 
 
-def cross_entropy(logits: Tensor, adv: Tensor, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+def cross_entropy(logits: Tensor, rows: Rows) -> Tensor:
     """Cross-entropy summed over images, so that one image's gradient ignores the batch."""
-    return F.cross_entropy(logits, y, reduction="sum")
+    return F.cross_entropy(logits, rows["y"], reduction="sum")
 
 
-def _same(variable: Tensor) -> Tensor:
-    return variable
+def clean_start(x: Tensor, y: Tensor, job: Tensor) -> Rows:  # noqa: ARG001
+    """A start at the clean image."""
+    return {"point": x}
+
+
+def _same(point: Tensor) -> Tensor:
+    return point
 
 
 def search(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    start: State,
+    update: Update,
     *,
     steps: int,
-    update: Update,
-    objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = cross_entropy,
+    start: Start = clean_start,
+    objective: Callable[[Tensor, Rows], Tensor] = cross_entropy,
     image: Callable[[Tensor], Tensor] = _same,
+    jobs: int = 1,
     leave: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Takes `steps` updates from `start`; every image leaves at its first misclassified iterate.
 
     The verdict is thus the worst over the whole path, start and last iterate included: never
-    better for the model than reading the last iterate alone, and the batch shrinks with every
-    broken image. The forward pass that gives the gradient also gives the verdict.
+    better for the model than reading the last iterate alone. The forward pass that gives the
+    gradient also gives the verdict, and `stream` puts another image in the place of a broken one.
 
     Args:
         model: maps images to logits [n, K].
         x: clean images [N, C, H, W].
         y: labels [N].
-        start: the first state, rows as in `x`.
+        update: makes a step.
         steps: updates of an image that is never broken; each costs one forward and backward
             pass, the last iterate one forward pass more.
-        update: makes the next state.
-        objective: the scalar to differentiate, from logits, iterate, clean images and labels.
-        image: makes images from `state[0]`.
+        start: where it begins.
+        objective: the scalar to differentiate, from logits and rows, whose `adv` is the iterate.
+        image: makes images from `point`.
+        jobs: searches an image, of which the first that breaks it ends the others.
         leave: False for images that are to fool another model: all take all steps.
 
     Returns:
-        Images [N, C, H, W] where each search ended, and whether that image is misclassified [N].
+        Images [N, C, H, W] where each search ended.
 
     Raises:
         GuardbenchError: no gradient reaches the image.
     """
-    found, fooled = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    live = torch.arange(len(x), device=x.device)
-    state, teller, fitting = start, Teller(), Fitting()
-    for step in range(steps + 1 if len(x) else 0):
-        if step < steps:
-            part = partial(_differentiate, model, objective, image)
-            adv, logits, gradient = fitting(part, x, y, state[0])
-        else:
+    found = _Search(start, update, steps, objective, image, leave)
+    return stream(found, model, x, y, jobs=jobs, ends=True)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """See `stream.Search`, and `search` for the attributes."""
+
+    start: Start
+    update: Update
+    steps: int
+    objective: Callable[[Tensor, Rows], Tensor]
+    image: Callable[[Tensor], Tensor]
+    leave: bool
+
+    @property
+    def longest(self) -> int:
+        return self.steps + 1
+
+    def begin(self, x: Tensor, y: Tensor, image: Tensor, job: Tensor) -> Rows:  # noqa: ARG002
+        return {"x": x, "y": y, "adv": x, **self.start(x, y, job)}
+
+    def advance(self, model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
+        over = rows["age"] == self.steps
+        if over.all():
             with torch.no_grad():
-                adv = image(state[0])
-                (logits,) = fitting(lambda part: (model(part),), adv)
-        broken = logits.argmax(1) != y
-        if step == steps:
-            found[live], fooled[live] = adv, broken
-            break
-        if leave and broken.any():
-            found[live[broken]], fooled[live[broken]] = adv[broken], True
-            kept = ~broken
-            if not kept.any():
-                break
-            live, x, y, gradient = live[kept], x[kept], y[kept], gradient[kept]
-            state = tuple(part[kept] for part in state)
+                rows["adv"] = self.image(rows["point"])
+                wrong = model(rows["adv"]).argmax(1) != rows["y"]
+            return wrong if self.leave else over, over
+        point = rows["point"].detach().requires_grad_()
+        with torch.enable_grad():
+            adv = self.image(point)
+            logits: Tensor = model(adv)
+            value = self.objective(logits, rows | {"adv": adv})
+        gradient, rows["adv"] = gradient_of(value, point), adv.detach()
+        wrong = logits.detach().argmax(1) != rows["y"]
+        hit = wrong if self.leave else over
+        on = ~(hit | over)
         with torch.no_grad():
-            state = update(state, gradient, x, step)
-        if teller.due():
-            teller.tell((step + 1) / (steps + 1), len(live))
-    return found, fooled
-
-
-def _differentiate(
-    model: nn.Module,
-    objective: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    image: Callable[[Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    variable: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Iterate, logits, and gradient of the objective in `variable`, from one forward pass."""
-    variable = variable.detach().requires_grad_()
-    with torch.enable_grad():
-        adv = image(variable)
-        logits: Tensor = model(adv)
-        value = objective(logits, adv, x, y)
-    gradient = gradient_of(value, variable)
-    return adv.detach(), logits.detach(), gradient
+            if on.all():
+                rows |= self.update(rows, gradient)
+            elif on.any():
+                part = {name: value[on] for name, value in rows.items()}
+                for name, value in self.update(part, gradient[on]).items():
+                    rows[name] = rows[name].index_put((on,), value)
+        return hit, over

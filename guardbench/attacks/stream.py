@@ -215,6 +215,7 @@ def stream(
     *,
     jobs: int = 1,
     capacity: int | None = None,
+    ends: bool = False,
 ) -> Tensor:
     """Runs every job of every image until one breaks it.
 
@@ -227,10 +228,11 @@ def stream(
         x, y: images [N, C, H, W] in [0, 1] and labels [N].
         jobs: searches an image.
         capacity: rows at once, `rows_at_once` unless told; changes speed alone.
+        ends: an image that no job breaks comes back as the last of them left it.
 
     Returns:
-        Images [N, C, H, W]: adversarial where broken, clean elsewhere. Of an image with several
-        jobs the verdict is the same at any capacity, but which job breaks it first is not.
+        Images [N, C, H, W]: adversarial where broken, clean elsewhere (but see `ends`). Of an image with
+        several jobs the verdict is the same at any capacity, but which job breaks it first is not.
     """
     count = len(x)
     if capacity is None:
@@ -238,17 +240,20 @@ def stream(
     if capacity < 1:
         raise GuardbenchError(f"the capacity must be positive, not {capacity}")
     found, broken = x.clone(), torch.zeros(count, dtype=torch.bool, device=x.device)
+    moved = broken.clone()  # whose place in `found` holds another image
     rows: Rows = {}
     ahead = 0
     teller, fitting, journal = Teller(), Fitting(), _JOURNAL.get()
     if journal is not None and (state := journal.begin(_told_apart(search, jobs, x, y))):
         ahead, broken = int(state["ahead"]), state["broken"].to(x.device, copy=True)
-        found[broken] = state["found"].to(x.device)
+        moved = state["moved"].to(x.device, copy=True)
+        found[moved] = state["found"].to(x.device)
         rows = {name: value.to(x.device) for name, value in state["rows"].items()}
 
     def note() -> None:
         if journal is not None:
-            journal.note({"ahead": ahead, "broken": broken, "found": found[broken], "rows": rows})
+            facts = {"ahead": ahead, "broken": broken, "moved": moved, "found": found[moved]}
+            journal.note({**facts, "rows": rows})
 
     while True:
         active = len(rows["image"]) if rows else 0
@@ -264,14 +269,13 @@ def stream(
             note()
             return found
         names = [*rows]
-        hit, over, *moved = fitting(partial(_advanced, search, model, names), *rows.values())
-        rows = dict(zip(names, moved, strict=True))
+        hit, over, *values = fitting(partial(_advanced, search, model, names), *rows.values())
+        rows = dict(zip(names, values, strict=True))
         rows["age"] = rows["age"] + 1
-        if hit.any():
-            place = hit.nonzero().squeeze(1)
-            place = place[_firsts(rows["image"][place])]
-            found[rows["image"][place]] = rows["adv"][place]
-            broken[rows["image"][place]] = True
+        _put(found, moved, rows, hit)
+        broken[rows["image"][hit]] = True
+        if ends:
+            _put(found, moved, rows, over & ~broken[rows["image"]])
         gone = over | broken[rows["image"]]
         if gone.any():
             rows = {k: v[~gone] for k, v in rows.items()}
@@ -284,6 +288,15 @@ def stream(
             running = int((search.longest - rows["age"]).sum())
             share = 1 - (waiting + running) / (jobs * count * search.longest)
             teller.tell(share, int((~broken).sum()))
+
+
+def _put(found: Tensor, moved: Tensor, rows: Rows, which: Tensor) -> None:
+    """Writes where the rows `which` stand, of several rows of one image the first."""
+    if which.any():
+        place = which.nonzero().squeeze(1)
+        place = place[_firsts(rows["image"][place])]
+        image = rows["image"][place]
+        found[image], moved[image] = rows["adv"][place], True
 
 
 def _told_apart(search: Search, jobs: int, x: Tensor, y: Tensor) -> Tensor:

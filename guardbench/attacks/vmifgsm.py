@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guardbench.attacks.mim import gathered
-from guardbench.attacks.search import State, search
-from guardbench.attacks.stream import Fitting, gradient_of
+from guardbench.attacks.mim import at_rest, gathered
+from guardbench.attacks.search import search
+from guardbench.attacks.stream import Fitting, Rows, gradient_of
 from guardbench.ball import content_noise, pixel_radius, project, require_norm, steepest
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
@@ -57,21 +57,25 @@ class VMIFGSM:
         reach = self.beta * pixel_radius(self.threat, x.shape[1:].numel())
         fitting = Fitting()
 
-        def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:
-            adv, momentum, variance, labels = state
-            momentum = gathered(momentum, gradient + variance, self.decay)
-            moved = adv + eps / self.steps * steepest(momentum, self.threat.norm)
-            if step < self.steps - 1:  # nothing reads the variance after the last step
+        def start(x: Tensor, y: Tensor, job: Tensor) -> Rows:
+            return {**at_rest(x, y, job), "variance": torch.zeros_like(x)}
+
+        def update(rows: Rows, gradient: Tensor) -> Rows:
+            x, point = rows["x"], rows["point"]
+            momentum = gathered(rows["momentum"], gradient + rows["variance"], self.decay)
+            ahead = point + eps / self.steps * steepest(momentum, self.threat.norm)
+            variance = rows["variance"]
+            if (rows["age"] < self.steps - 1).any():  # nothing reads it after the last step
                 around = torch.zeros_like(gradient)
                 for number in range(self.neighbours):
-                    noise = content_noise(x, seed, "neighbours", step, number)
-                    (found,) = fitting(partial(_gradient, model), adv + reach * noise, labels)
+                    noise = content_noise(x, seed, "neighbours", rows["age"], number)
+                    (found,) = fitting(partial(_gradient, model), point + reach * noise, rows["y"])
                     around += found
                 variance = around / self.neighbours - gradient
-            return project(moved, x, self.threat), momentum, variance, labels
+            point = project(ahead, x, self.threat)
+            return {"point": point, "momentum": momentum, "variance": variance}
 
-        start = (x, torch.zeros_like(x), torch.zeros_like(x), y)
-        return search(model, x, y, start, steps=self.steps, update=update, leave=self.leave)[0]
+        return search(model, x, y, update, steps=self.steps, start=start, leave=self.leave)
 
 
 def _gradient(model: nn.Module, point: Tensor, labels: Tensor) -> tuple[Tensor]:

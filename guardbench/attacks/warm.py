@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.search import State, search
+from guardbench.attacks.search import search
+from guardbench.attacks.stream import Rows
 from guardbench.ball import project, require_norm, steepest
 from guardbench.threat import ThreatModel
 
@@ -29,13 +30,17 @@ class WarmPGD:
         """Adversarial images [N, C, H, W] for some of its images and their labels `y` [N]."""
         size = STEP_SHARE * float(self.threat.eps) / self.steps
 
-        def update(state: State, gradient: Tensor, x: Tensor, step: int) -> State:  # noqa: ARG001
-            move = steepest(gradient, self.threat.norm)
-            return (project(state[0] + size * move, x, self.threat),)
+        def places(x: Tensor) -> Tensor:
+            return torch.stack([(self.x == image).flatten(1).all(1).int().argmax() for image in x])
+
+        def start(x: Tensor, y: Tensor, job: Tensor) -> Rows:  # noqa: ARG001
+            return {"point": project(self.ended[places(x)], x, self.threat)}
+
+        def update(rows: Rows, gradient: Tensor) -> Rows:
+            ahead = rows["point"] + size * steepest(gradient, self.threat.norm)
+            return {"point": project(ahead, rows["x"], self.threat)}
 
         self.x, self.ended = self.x.to(x.device), self.ended.to(x.device)
-        rows = torch.stack([(self.x == image).flatten(1).all(1).int().argmax() for image in x])
-        start = project(self.ended[rows], x, self.threat)
-        found, _ = search(model, x, y, (start,), steps=self.steps, update=update)
-        self.ended[rows] = found
+        found = search(model, x, y, update, steps=self.steps, start=start)
+        self.ended[places(x)] = found
         return found

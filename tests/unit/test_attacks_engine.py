@@ -275,7 +275,7 @@ def test_it_tells_how_far_it_is(monkeypatch):
     assert shares[3] == pytest.approx(0.5 + 0.5 * (24 + 8) / 48)  # the dropped jobs count as done
     assert shares == sorted(shares)
     assert shares[-1] == 1
-    assert heard[count:] == [(0.25, 4), (0.5, 4), (0.75, 4)]
+    assert heard[count:] == [(0.25, 4), (0.5, 4), (0.75, 4), (1.0, 4)]
     quiet = len(heard)
     PGD(threat=never, steps=3).perturb(model, x, y, seed=0)
     assert len(heard) == quiet
@@ -369,6 +369,17 @@ ATTACKS: list[Attack] = [
     SPSA(threat=NEAR, steps=4, samples=16),
     Square(threat=LINF, queries=60),
 ]
+# These give back where the search ended, also of images that it did not break.
+FOLLOWING: list[Attack] = [
+    FGSM(threat=NEAR),
+    PGD(threat=NEAR, steps=12, step=Fraction(1, 200)),
+    PGD(threat=NEAR, steps=8, step=Fraction(1, 200), restarts=3),
+    MIM(threat=NEAR, steps=8, step=Fraction(1, 200)),
+    CW(c=0.1, steps=6, lr=0.006),
+    Jitter(threat=NEAR, steps=8),
+    VMIFGSM(threat=NEAR, steps=4, neighbours=3),
+    VMIFGSM(threat=NEAR, steps=4, neighbours=3, leave=False),
+]
 
 
 def precise_case(count: int = 24):
@@ -391,15 +402,15 @@ class Counting(nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize("attack", [*ATTACKS, AutoAttack(threat=NEAR)], ids=repr)
+@pytest.mark.parametrize("attack", [*ATTACKS, *FOLLOWING, AutoAttack(threat=NEAR)], ids=repr)
 def test_an_attack_killed_in_its_midst_goes_on_there_and_ends_the_same(attack, monkeypatch):
-    monkeypatch.setattr(
-        streams, "rows_at_once", lambda _: 8
-    )  # the queue is refilled again and again
-    model, x, y = precise_case()
+    count = 6 if isinstance(attack, AutoAttack) else 24
+    # The queue is refilled again and again.
+    monkeypatch.setattr(streams, "rows_at_once", lambda _: count // 3)
+    model, x, y = precise_case(count)
     written: list[bytes] = []
     checks = iter(range(10**9))
-    period = 1 if repr(attack) != repr(AutoAttack(threat=NEAR)) else 400
+    period = 400 if isinstance(attack, AutoAttack) else 1
 
     def run(states=(), due=lambda: False, model=model):
         def write(states):
@@ -437,7 +448,7 @@ def test_the_journal_of_other_images_is_not_followed():
     assert torch.equal(found, attack.perturb(model, other, y.flip(0), seed=3))
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
+@pytest.mark.parametrize("attack", [*ATTACKS, *FOLLOWING], ids=repr)
 def test_verdicts_depend_on_no_other_image(attack, monkeypatch):
     model, x, y = precise_case()
     y[::5] = (y[::5] + 1) % 6  # some are wrong already
@@ -445,6 +456,7 @@ def test_verdicts_depend_on_no_other_image(attack, monkeypatch):
     broken = model(whole).argmax(1) != y
     assert 7 < broken.sum() < 20
     several = getattr(attack, "loss", None) == "dlr-targeted" or isinstance(attack, FAB)
+    several |= getattr(attack, "restarts", 1) > 1
     capacities = (None, 1, 7, 500)
     orders = (torch.arange(24).flip(0), torch.arange(24)[::3], torch.tensor([7]))
     for capacity in capacities:
@@ -455,7 +467,10 @@ def test_verdicts_depend_on_no_other_image(attack, monkeypatch):
             assert torch.equal(model(part).argmax(1) != y[order], broken[order])
             # Which of several jobs breaks an image first may depend on what runs beside it.
             if not several:
-                assert torch.equal(part, whole[order])
+                # CW's tanh rounds by the place in the batch.
+                torch.testing.assert_close(
+                    part, whole[order], rtol=0, atol=1e-6 * (attack.threat is None)
+                )
 
 
 def test_targets_follow_the_clean_logits(monkeypatch):
