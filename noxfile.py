@@ -37,7 +37,7 @@ def tests(session: nox.Session) -> None:
     """The whole suite; tests on real images run where GUARDBENCH_DATA names them."""
     session.install("-e", ".", *TEST)
     workers = ["-n", "2", "--dist", "worksteal"] if (os.cpu_count() or 1) > 1 else []
-    session.run("pytest", *workers, *session.posargs, env=THREADS)
+    session.run("pytest", *workers, "--durations=25", *session.posargs, env=THREADS)
 
 
 @nox.session

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from guardbench.attacks.base import score_clean
 from guardbench.attacks.reference import FormerAutoAttack, former_state
 from guardbench.errors import GuardbenchError, brief
+from guardbench.locks import locked
 from guardbench.protocol import unknown
 from guardbench.records import ClassifierRecord, Outcome
 from guardbench.threat import ThreatModel
@@ -108,7 +109,8 @@ def zoo_model(name: str, dataset: str, norm: str, folder: Path) -> tuple[nn.Modu
         raise unknown("model of RobustBench", name, list(models))
     path = folder / dataset / NORMS[norm] / f"{name}.pt"
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        # One process downloads what the others then find.
+        with locked(path.with_suffix(".lock"), _say), contextlib.redirect_stdout(sys.stderr):
             found: nn.Module = package.load_model(
                 name, model_dir=folder, dataset=dataset, threat_model=threat
             )
@@ -119,6 +121,10 @@ def zoo_model(name: str, dataset: str, norm: str, folder: Path) -> tuple[nn.Modu
             f"{brief(error)}); put the file of RobustBench's zoo at {path}, or delete a broken one there."
         ) from error
     return found, path
+
+
+def _say(holder: str) -> None:
+    print(f"RobustBench's weights are being read by {holder}; waiting", file=sys.stderr)
 
 
 def require_robustbench(norm: str) -> ModuleType:
