@@ -16,7 +16,7 @@ from guardbench.checks import flags
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import RealDataset, load_split
 from guardbench.data.locate import Located, locate
-from guardbench.data.peek import cached_digest, class_order
+from guardbench.data.peek import class_order, peek
 from guardbench.distilled import MANIFEST, PREVIEW
 from guardbench.distillers.base import Distiller, PlannedStage, Task, tables
 from guardbench.distillers.squeeze import TEACHER
@@ -95,13 +95,20 @@ class Plan:
         return [*self.distilling, *self.evaluating.stages]
 
     @property
+    def changed(self) -> tuple[str, ...]:
+        """By what the run differs from the committed recipe on the whole training set; for `overrides`."""
+        found, whole = self.task.train_images, dataset_info(self.protocol.dataset).train_count
+        part = (f"train={found} of {whole} images",) if found != whole else ()
+        return (*self.settings.overrides, *part)
+
+    @property
     def place(self) -> Place:
         """Where the record goes."""
         return Place(
             workspace=self.settings.output,
             area="baselines",
             name=self.method.name,
-            mark=f"{set_mark(self.settings.overrides)}-seed{self.settings.seed}",
+            mark=f"{set_mark(self.changed)}-seed{self.settings.seed}",
             own_protocol=own_protocol(self.settings.protocol),
             checkout=self.checkout,
         )
@@ -175,14 +182,17 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
     Processes(accelerator).from_main(lambda: check_writable(settings.output))
     info = dataset_info(protocol.dataset)
     sample = sample_size(protocol, info.num_classes, settings.tier, settings.images)
-    cached = partial(
-        cached_digest, info, located, resolution=protocol.resolution, cache_dir=settings.cache_dir
+    decoded = partial(
+        peek, info, located, resolution=protocol.resolution, cache_dir=settings.cache_dir
     )
-    train_digest, test_digest = cached("train"), cached("val")
+    train, test = decoded("train"), decoded("val")
+    train_digest = None if train is None else train.digest
+    test_digest = None if test is None else test.digest
+    train_images = info.train_count if train is None else len(train.ids)
     classes = class_order(info, located)
-    if info.train_count < settings.ipc * len(classes):
+    if train_images < settings.ipc * len(classes):
         raise GuardbenchError(
-            f"--ipc {settings.ipc}: {info.name} has only {info.train_count} training images."
+            f"--ipc {settings.ipc}: {info.name} has only {train_images} training images."
         )
     run = Run(
         accelerator=accelerator, workspace=settings.output, seed=settings.seed, progress=progress
@@ -195,7 +205,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         resolution=protocol.resolution,
         channels=info.channels,
         classes=classes,
-        train_images=info.train_count,
+        train_images=train_images,
         train_digest=train_digest,
         ipc=settings.ipc,
         threat=protocol.threat.model,
@@ -206,7 +216,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         protocol=protocol,
         method=method,
         located=located,
-        decoded=train_digest is not None and test_digest is not None,
+        decoded=train is not None and test is not None,
         task=task,
         distiller=distiller,
         distilling=distilling,
@@ -252,7 +262,7 @@ def execute(plan: Plan) -> Finished:
             resolution=protocol.resolution,
             ipc=settings.ipc,
             method=planned_method(plan),
-            overrides=settings.overrides,
+            overrides=plan.changed,
             artifact=measured_artifact(distilled),
             test=measured_test(protocol, test, plan.evaluating.sample),
             seeds=seeds,
@@ -282,6 +292,11 @@ def prepare(plan: Plan) -> tuple[RealDataset, RealDataset]:
     """
     train, test = (_load(plan, split) for split in ("train", "val"))
     measured_indices(plan.protocol, test, plan.evaluating.sample)
+    if not train.complete:
+        plan.task.run.progress.say(
+            f"{len(train)} of {dataset_info(train.name).train_count} training images of {train.name} are "
+            "here: the record will say so, and has no rank"
+        )
     if plan.checkout is not None:
         require_complete(train)
     return train, test
@@ -379,5 +394,5 @@ def planned_method(plan: Plan) -> Method:
         distiller=plan.method.distiller,
         regulariser=str(recipe.regulariser["kind"]),
         recipe_sha256=canonical.digest(recipe.model_dump(mode="json", exclude={"source"})),
-        official=not plan.settings.overrides,
+        official=not plan.changed,
     )

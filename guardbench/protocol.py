@@ -234,7 +234,8 @@ class Protocol(Strict):
             raise GuardbenchError(
                 f"{self.dataset}: the validation images are not those of protocol {self.id} "
                 f"(list digest {found[:12]}, expected {self.test.sha256[:12]}); "
-                "get the official split, with its file names."
+                "get the official split, with its file names; a protocol of your own has a list of its own: "
+                f'write sha256 = "{found}" in its [test].'
             )
         return order
 
@@ -292,8 +293,9 @@ def first_problem(error: ValidationError) -> str:
 def unknown(what: str, name: str, known: Iterable[str]) -> GuardbenchError:
     """The error for a name that is not in a list, with the nearest one."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    plain = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), plain, n=1)
+    hint = f" Did you mean {plain[near[0]]}?" if near else ""
     return GuardbenchError(f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}.")
 
 

@@ -405,7 +405,8 @@ class ResultRecord(_Measured):
     Attributes:
         ipc: images per class of the distilled dataset.
         method, artifact: who, and what.
-        overrides: what `--set` changed in the committed recipe, such as `squeeze.epochs=5`.
+        overrides: what differs from the committed recipe on the whole training set: what `--set` changed,
+            such as `squeeze.epochs=5`, and `train=120 of 9469 images`.
     """
 
     ipc: int = Field(ge=1, le=1_000_000)

@@ -13,6 +13,7 @@ from pathlib import Path
 from guardbench.errors import GuardbenchError, brief
 from guardbench.interrupts import unbroken
 
+_PROBE = ".guardbench-"
 _REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
     errno.EFBIG, errno.EIO, errno.ESTALE,
@@ -123,6 +124,11 @@ def explained(target: Path, *, option: str = "--output") -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         gone = error.filename or brief(error)
+        if Path(gone).name.startswith(_PROBE):
+            raise GuardbenchError(
+                f"{target}: cannot be written (nothing can be made there); choose another folder with "
+                f"{option}."
+            ) from error
         raise GuardbenchError(
             f"{gone}: was removed while it was needed; run the same command again."
         ) from error
@@ -146,5 +152,5 @@ def check_writable(folder: Path) -> None:
             there = there.parent
         if not there.is_dir():
             raise NotADirectoryError(20, "it is a file, not a folder")
-        with tempfile.NamedTemporaryFile(prefix=".guardbench-", dir=there):
+        with tempfile.NamedTemporaryFile(prefix=_PROBE, dir=there):
             pass

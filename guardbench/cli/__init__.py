@@ -73,11 +73,13 @@ def main() -> None:
     """The entry point: bad input is one line and exit code 2; a signal is one line and 130 or 143."""
     with heard():
         try:
-            app()
+            sys.exit(app(standalone_mode=False))  # the code of a verb that ends with typer.Exit
         except PeerError:
             sys.exit(2)
         except GuardbenchError as error:
             _fail(str(error))
+        except typer.Abort:
+            _fail("aborted")
         except RuntimeError as error:
             if "torch" not in sys.modules:
                 raise
@@ -87,6 +89,26 @@ def main() -> None:
             if words is None:
                 raise
             _fail(words)
+        except Exception as error:
+            words = _mistyped(error)
+            if words is None:
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                sys.exit(2)  # it has printed the help already
+            _fail(words)
+
+
+def _mistyped(error: Exception) -> str | None:
+    """What click says of a command line that no verb takes; None for other errors.
+
+    Typer brings a click of its own, or not, by its version, so the class cannot be named here.
+    """
+    say, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
+    if say is None:
+        return None
+    words = " ".join(str(say()).split())
+    words += "" if words[-1:] in (".", "?") else "."
+    return f"{words} See {context.command_path} --help." if context else words
 
 
 def _fail(words: str) -> NoReturn:

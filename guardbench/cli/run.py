@@ -159,7 +159,7 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     state = "decoded" if plan.decoded else "to be decoded"
     lines = {
         "method": f"{plan.method.title} ({task.recipe.regulariser['kind']} regulariser)",
-        **({"set": ", ".join(settings.overrides)} if settings.overrides else {}),
+        **({"set": ", ".join(plan.changed)} if plan.changed else {}),
         "dataset": f"{protocol.dataset} at {protocol.resolution} px, {train}; {state}",
         "images from": plan.located.description,
         "protocol": f"{protocol.id} ({protocol.digest[:12]}): {protocol.title}",

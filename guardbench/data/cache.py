@@ -16,7 +16,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ _META_LIMIT = 1 << 30
 _HEADER_BYTES = 128
 _JOURNAL_EVERY_S = 5.0
 _READ_BYTES = 8 << 20
+_VERIFIED_BYTES = 2 << 30
+"""Rows up to this size are compared with their digest when they are opened: seconds at most."""
 
 Pixels = npt.NDArray[np.uint8] | PixelFile
 
@@ -69,7 +71,8 @@ def cached(source: Source, resolution: int, root: Path, name: str, progress: Pro
 
     One process builds and others wait. A build that was killed, or stopped at a broken image, goes on
     behind its last whole shard; an entry that was truncated or does not hold together is built again;
-    changed data have another key, and keep the shards before the first that changed.
+    changed data have another key, and keep the shards before the first that changed. So is one whose
+    bytes no longer give its digest, unless it is larger than 2 GiB, which would take long to read.
 
     Args:
         source: what to decode.
@@ -338,6 +341,25 @@ def _read(target: Path, source: Source, resolution: int) -> Entry | None:
         if not whole:
             return None
         images = PixelFile(target, offset=_HEADER_BYTES, shape=shape, rows=rows)
+        if not _holds(target, images, found, (classes, ids, labels, shape)):
+            return None
     except (GuardbenchError, OSError, ValueError, KeyError, TypeError):
         return None
     return Entry(images, labels, ids, classes, found)
+
+
+_HELD: dict[tuple[str, int, int, str], bool] = {}  # each file is read once a process
+
+
+def _holds(target: Path, images: PixelFile, digest: str, words: tuple[Any, ...]) -> bool:
+    """Whether the rows give `digest`; taken as given where there are too many to look."""
+    now = target.stat()
+    if now.st_size > _VERIFIED_BYTES:
+        return True
+    key = (str(target), now.st_mtime_ns, now.st_ino, digest)
+    if key not in _HELD:
+        sha, step = Digest(), max(1, _READ_BYTES // max(1, int(np.prod(images.shape[1:]))))
+        for first in range(0, len(images), step):
+            sha.add(images[first : first + step])
+        _HELD[key] = sha.end(*words) == digest
+    return _HELD[key]

@@ -5,30 +5,28 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from guardbench.data.cache import find, in_memory
+from guardbench.data.cache import Entry, find, in_memory
 from guardbench.data.catalog import DatasetInfo, Split
 from guardbench.data.files import cache_root
 from guardbench.data.locate import Located
 from guardbench.data.source import open_source
 
 
-def cached_digest(
+def peek(
     info: DatasetInfo, located: Located, split: Split, *, resolution: int, cache_dir: Path | None
-) -> str | None:
-    """Digest of the decoded `split`, as `RealDataset.digest`; None while it is not in the cache."""
+) -> Entry | None:
+    """The decoded `split`, whose digest is `RealDataset.digest`; None while it is not in the cache."""
     if located.kind == "download":
         return None
     if info.embedded:
-        return _embedded_digest(info, located, split, resolution)
+        return _embedded(info, located, split, resolution)
     source = open_source(info, located, split)
-    entry = find(source, resolution, cache_root(cache_dir), f"{info.name}-{split}")
-    return None if entry is None else entry.digest
+    return find(source, resolution, cache_root(cache_dir), f"{info.name}-{split}")
 
 
 @cache  # they lie in an installed package, and a suite asks for each of its cells
-def _embedded_digest(info: DatasetInfo, located: Located, split: Split, resolution: int) -> str:
-    source = open_source(info, located, split)
-    return in_memory(source, resolution).digest
+def _embedded(info: DatasetInfo, located: Located, split: Split, resolution: int) -> Entry:
+    return in_memory(open_source(info, located, split), resolution)
 
 
 def class_order(info: DatasetInfo, located: Located) -> tuple[str, ...]:

@@ -166,6 +166,10 @@ def test_a_signal_while_it_still_imports_is_one_line_too(tmp_path, sent, code: i
 
 
 BAD = {
+    "no method": (["--dataset", "digits"], "Missing option '--method'. See "),
+    "mistyped option": (["--metod", "guard"], "No such option: --metod"),
+    "no number": (["--method", "guard", "--dataset", "digits", "--ipc", "many"], "'--ipc'"),
+    "capitals": (["--method", "GUARD", "--dataset", "digits"], "Did you mean guard"),
     "method": (["--method", "gaurd", "--dataset", "digits"], "Did you mean guard"),
     "dataset": (["--method", "guard", "--dataset", "digit"], "did you mean 'digits'"),
     "protocol": (["--method", "guard", "--protocol", "cifar10_8"], "Did you mean cifar10-8"),
@@ -181,6 +185,10 @@ BAD = {
     "output": (["--method", "guard", "--dataset", "digits", "--output", "file/x"], "file"),
     "long output": (
         ["--method", "guard", "--dataset", "digits", "--output", "x" * 300], "cannot be written",
+    ),
+    "nothing can be made there": (
+        ["--method", "guard", "--dataset", "digits", "--output", "/proc/here"],
+        "/proc/here: cannot be written",
     ),
     "dev publish": (
         ["--method", "guard", "--dataset", "digits", "--tier", "dev", "--publish"], "unofficial",

@@ -20,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 import guardbench
+from guardbench.data import cache
 from guardbench.data.cache import Entry, cached
 from guardbench.data.decode import short_side_centre
 from guardbench.data.files import cache_root
@@ -128,7 +129,9 @@ def test_changed_data_and_resolution_have_entries_of_their_own(tmp_path: Path) -
     assert build(tmp_path, source("three")).digest == one.digest
 
 
-@pytest.mark.parametrize("fault", ["cut", "longer", "empty", "header", "gone", "json", "no ids"])
+@pytest.mark.parametrize(
+    "fault", ["cut", "longer", "empty", "header", "pixel", "gone", "json", "no ids"]
+)
 def test_damaged_entry_is_built_again(tmp_path: Path, fault: str) -> None:
     before = build(tmp_path)
     digest, pixels = before.digest, before.images[:]
@@ -139,6 +142,7 @@ def test_damaged_entry_is_built_again(tmp_path: Path, fault: str) -> None:
         "longer": raw + b"\0",
         "empty": b"",
         "header": b"\x93NUMPY\x01\x00garbage" + raw[15:],
+        "pixel": raw[:-50] + bytes([raw[-50] ^ 1]) + raw[-49:],
     }
     if fault in damaged:
         array.write_bytes(damaged[fault])
@@ -148,6 +152,7 @@ def test_damaged_entry_is_built_again(tmp_path: Path, fault: str) -> None:
         meta.write_text(text[: len(text) // 2])
     else:
         meta.write_text(json.dumps({**json.loads(text), "ids": ["a/0"]}))
+    cache._HELD.clear()  # as in another process
     entry = build(tmp_path)
     assert entry.digest == digest
     assert np.array_equal(entry.images[:], pixels)
@@ -237,6 +242,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from guardbench.data import cache
 from guardbench.data import cache
 from guardbench.data.cache import cached
 from guardbench.data.source import Item, Shard, Source

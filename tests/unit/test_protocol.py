@@ -1,7 +1,9 @@
 """Protocols: what counts as the same measurement, which images, and how a wrong file is told."""
 
 import random
+import re
 from fractions import Fraction
+from importlib import resources
 
 import pytest
 from hypothesis import given
@@ -95,6 +97,26 @@ def test_other_images_than_the_protocols_are_refused() -> None:
         protocol.test_indices([f"{k % 10}/x{k}" for k in range(445)])
     with pytest.raises(GuardbenchError, match="complete validation set"):
         protocol.test_indices(["0/1"])
+
+
+def test_a_copy_of_a_protocol_under_another_id_works_as_the_readme_says(tmp_path) -> None:
+    """`id` seeds the order, so the copy's list is another: without its digest, or with the right one."""
+    ids = [f"{k % 10}/{k}" for k in range(450)]
+    text = resources.files("guardbench").joinpath("protocols/digits.toml").read_text()
+    path = tmp_path / "mine.toml"
+    copy = text.replace('id = "digits"', 'id = "mine"')
+    pinned = next(line for line in copy.splitlines() if line.startswith("sha256 = "))
+    path.write_text(copy)
+    with pytest.raises(GuardbenchError, match="of your own") as error:
+        load_protocol(str(path)).test_indices(ids)
+    right = re.search(r'sha256 = "[0-9a-f]{64}"', str(error.value))
+    assert right
+    orders = []
+    for line in ("", right[0]):
+        path.write_text(copy.replace(pinned, line))
+        orders.append(load_protocol(str(path)).test_indices(ids))
+    assert orders[0] == orders[1]
+    assert len(set(orders[0])) == 300
 
 
 def test_a_list_digest_tells_order_and_boundaries_apart() -> None:

@@ -1,0 +1,69 @@
+"""The plan of a run: what it knows of the images that are here."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from guardbench.data.catalog import dataset_info
+from guardbench.data.dataset import load_split
+from guardbench.errors import GuardbenchError
+from guardbench.pipeline import Plan, Settings, make_plan, planned_method, prepare
+from guardbench.progress import Progress
+
+PER_CLASS = {"train": 2, "val": 1}
+
+
+@pytest.fixture
+def imagenette(tmp_path: Path) -> Path:
+    """The folders of Imagenette with 20 training and 10 validation images."""
+    draw = np.random.default_rng(0)
+    for split, count in PER_CLASS.items():
+        for name in dataset_info("imagenette").classes:
+            folder = tmp_path / "data" / "imagenette" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 256, (70, 70, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "data"
+
+
+def planned(data: Path, ipc: int = 1, publish: bool = False) -> Plan:
+    settings = Settings(
+        method="guard", dataset=None, protocol="imagenette-64", ipc=ipc, seed=0, device="cpu",
+        precision="fp32", data_dir=data, cache_dir=data.parent / "cache",
+        output=data.parent / "runs", publish=publish, engine="guardbench", tier="official",
+        images=None,
+    )  # fmt: skip
+    return make_plan(settings, Progress())
+
+
+def decode(data: Path) -> None:
+    for split in PER_CLASS:
+        load_split(
+            "imagenette", split, resolution=64, data_dir=data, cache_dir=data.parent / "cache",
+            progress=Progress(),
+        )  # fmt: skip
+
+
+def test_a_part_of_the_training_images_makes_no_official_record(imagenette: Path) -> None:
+    before = planned(imagenette)
+    assert not before.decoded
+    decode(imagenette)
+    plan = planned(imagenette)
+    assert plan.task.train_images == 20
+    assert plan.changed == ("train=20 of 9469 images",)
+    assert not planned_method(plan).official
+    assert plan.place.mark != before.place.mark, "a record of all images is not replaced"
+
+
+def test_too_few_training_images_for_an_ipc_are_told_from_what_is_here(imagenette: Path) -> None:
+    decode(imagenette)
+    with pytest.raises(GuardbenchError, match="has only 20 training images"):
+        planned(imagenette, ipc=10)
+
+
+def test_too_few_test_images_are_refused_before_the_long_part(imagenette: Path) -> None:
+    with pytest.raises(GuardbenchError, match="10 validation images found"):
+        prepare(planned(imagenette))
