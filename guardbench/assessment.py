@@ -155,7 +155,11 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             seeds=(seed,),
             cost=tuple(costs.found),
             provenance=provenance(
-                run, engines_used(protocol, request.engine), costs.searched, trained=False
+                run,
+                engines_used(protocol, request.engine),
+                costs.commits,
+                costs.searched,
+                trained=False,
             ),
             flags=(
                 *_near_chance(seed, dataset_info(protocol.dataset).num_classes),

@@ -38,8 +38,8 @@ from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.provenance import provenance
 from guardbench.records import Engine, Method, ResultRecord, Tier
 from guardbench.registry import DISTILLERS, REGULARISERS, resolve
-from guardbench.runtime import Run, make_accelerator, stage_cost
-from guardbench.scoring import engines_used
+from guardbench.runtime import Run, make_accelerator
+from guardbench.scoring import Costs, engines_used
 from guardbench.store import check_writable, explained
 from guardbench.tier import sample_size
 from guardbench.training import STUDENT
@@ -249,10 +249,8 @@ def execute(plan: Plan) -> Finished:
         if settings.log_with:
             run.accelerator.init_trackers(f"{plan.method.name}-{protocol.id}-ipc{settings.ipc}")
         distilled = plan.distiller.distill(plan.task, train)
-        costs = [
-            stage_cost(stage.folder.finished() or {}, shared=stage.folder.reused)
-            for stage in plan.distilling
-        ]
+        distilling = Costs()
+        distilling.add(*(stage.folder for stage in plan.distilling))
         seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, train, test)
         record = ResultRecord(
             tier=settings.tier,
@@ -266,9 +264,12 @@ def execute(plan: Plan) -> Finished:
             artifact=measured_artifact(distilled),
             test=measured_test(protocol, test, plan.evaluating.sample),
             seeds=seeds,
-            cost=(*costs, *evaluating.found),
+            cost=(*distilling.found, *evaluating.found),
             provenance=provenance(
-                run, engines_used(protocol, settings.engine), evaluating.searched
+                run,
+                engines_used(protocol, settings.engine),
+                [*distilling.commits, *evaluating.commits],
+                evaluating.searched,
             ),
             flags=flags(seeds),
         )

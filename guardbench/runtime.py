@@ -31,6 +31,7 @@ from torch import Tensor
 
 import guardbench
 from guardbench import canonical, interrupts, locks
+from guardbench.commit import running_commit
 from guardbench.errors import GuardbenchError, brief
 from guardbench.processes import HOURS_TO_WAIT, Processes
 from guardbench.progress import Progress
@@ -199,6 +200,7 @@ class StageFolder:
             method must be called by all of them.
         say: where a line goes that the user should see.
         made: the keys of the stages that this run has finished itself.
+        commit: of the code that runs.
     """
 
     name: str
@@ -207,6 +209,7 @@ class StageFolder:
     processes: Processes
     say: Callable[[str], None]
     made: set[str]
+    commit: str | None
     _alone: bool = field(default=False, init=False)
     _begun: float = field(default=0.0, init=False)
     _spent: float = field(default=0.0, init=False)
@@ -410,6 +413,7 @@ class StageFolder:
             "words": dict(self.words),
             "files": {name: canonical.file_digest(self.path / name) for name in files},
             "cost": cost,
+            "commit": self.commit,
             **facts,
         }
         seal = canonical.digest(json.loads(canonical.dumps(stored)))
@@ -429,6 +433,7 @@ class Run:
 
     Attributes:
         made: the keys of the stages that it has finished.
+        commit: see `running_commit`.
     """
 
     accelerator: Accelerator
@@ -436,6 +441,7 @@ class Run:
     seed: int
     progress: Progress
     made: set[str] = field(default_factory=set)
+    commit: str | None = field(default_factory=running_commit)
 
     @cached_property
     def processes(self) -> Processes:
@@ -498,7 +504,8 @@ class Run:
         """
         made_by = {"guardbench": guardbench.__version__, "torch": torch.__version__}
         words = {**words, "made_by": made_by}
-        folder = StageFolder(name, Path(), words, self.processes, self.progress.say, self.made)
+        say, made = self.progress.say, self.made
+        folder = StageFolder(name, Path(), words, self.processes, say, made, self.commit)
         folder.path = self.workspace / kind / folder.key[:16]
         return folder
 

@@ -33,6 +33,7 @@ from guardbench.attacks.searched import SLACK, Precision, search_model
 from guardbench.attacks.stream import Journal, Tell, journaling, rows_at_once, telling
 from guardbench.canonical import derive_seed
 from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, UNSTEADY, inspect, judge
+from guardbench.commit import UNKNOWN
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Stage
@@ -200,11 +201,12 @@ def _passes(attack: Attack) -> float:
 
 
 class Costs:
-    """Collects what stages cost, whether an earlier run had finished them, and in which precisions
-    attacks of the dev tier searched."""
+    """Collects what stages cost, whether an earlier run had finished them, the commits that made them,
+    and in which precisions attacks of the dev tier searched."""
 
     def __init__(self) -> None:
         self.found: list[StageCost] = []
+        self.commits: list[str | None] = []
         self.searched: set[str] = set()
 
     @contextmanager
@@ -215,9 +217,20 @@ class Costs:
         for stage, shared in zip(stages, before, strict=True):
             stored = stage.folder.finished()
             assert stored is not None, stage.folder.name
-            self.found.append(stage_cost(stored, shared=shared or stage.folder.reused))
-            if "searched" in stored:
-                self.searched.add(stored["searched"])
+            self._add(stored, shared=shared or stage.folder.reused)
+
+    def add(self, *folders: StageFolder) -> None:
+        """Notes the costs of finished stages."""
+        for folder in folders:
+            stored = folder.finished()
+            assert stored is not None, folder.name
+            self._add(stored, shared=folder.reused)
+
+    def _add(self, stored: Mapping[str, Any], *, shared: bool) -> None:
+        self.found.append(stage_cost(stored, shared=shared))
+        self.commits.append(stored.get("commit", UNKNOWN))
+        if "searched" in stored:
+            self.searched.add(stored["searched"])
 
 
 def score(

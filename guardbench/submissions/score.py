@@ -38,8 +38,8 @@ from guardbench.progress import Progress
 from guardbench.protocol import Protocol
 from guardbench.provenance import provenance
 from guardbench.records import Engine, Method, ResultRecord, SeedRun, Tier
-from guardbench.runtime import Run, StageFolder, make_accelerator, stage_cost
-from guardbench.scoring import engines_used
+from guardbench.runtime import Run, StageFolder, make_accelerator
+from guardbench.scoring import Costs, engines_used
 from guardbench.store import check_writable, explained
 from guardbench.submissions.check import Report, check, protocols_for, read_form, recipe_of
 from guardbench.submissions.fetch import fetch_data
@@ -257,7 +257,8 @@ def execute_score(scoring: Scoring) -> Finished:
     with explained(settings.output):
         measured_indices(protocol, test, scoring.evaluating.sample)  # refused before the long part
         distilled = _distilled(scoring)
-        cost = stage_cost(scoring.artifact.finished() or {}, shared=scoring.artifact.reused)
+        prepared = Costs()
+        prepared.add(scoring.artifact)
         seeds, evaluating = evaluate(run, protocol, scoring.evaluating, distilled, train, test)
         record = ResultRecord(
             tier=settings.tier,
@@ -278,9 +279,12 @@ def execute_score(scoring: Scoring) -> Finished:
             artifact=measured_artifact(distilled),
             test=measured_test(protocol, test, scoring.evaluating.sample),
             seeds=seeds,
-            cost=(cost, *evaluating.found),
+            cost=(*prepared.found, *evaluating.found),
             provenance=provenance(
-                run, engines_used(protocol, settings.engine), evaluating.searched
+                run,
+                engines_used(protocol, settings.engine),
+                [*prepared.commits, *evaluating.commits],
+                evaluating.searched,
             ),
             flags=(*flags(seeds), *_own_flags(scoring, seeds)),
         )

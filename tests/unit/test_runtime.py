@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from rich.console import Console
 
 import guardbench
-from guardbench import canonical, provenance, runtime
+from guardbench import canonical, runtime
+from guardbench.commit import checkout_commit, commits_text
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress, clock
 from guardbench.runtime import (
@@ -25,6 +26,7 @@ from guardbench.runtime import (
     effective_precision,
     make_accelerator,
 )
+from guardbench.scoring import Costs
 from guardbench.store import explained
 
 CPU = torch.device("cpu")
@@ -364,9 +366,28 @@ def test_a_commit_is_dirty_where_the_code_differs_and_not_where_boards_do(
     git("tag", "v1")
     head = git("rev-parse", "HEAD")
     monkeypatch.setattr(guardbench, "__file__", str(tmp_path / "guardbench" / "__init__.py"))
-    assert provenance._commit() == head
+    assert checkout_commit() == head
     (tmp_path / "leaderboards" / "board.json").write_text("2")
     (tmp_path / "baselines" / "x" / "record.json").write_text("2")
-    assert provenance._commit() == head
+    assert checkout_commit() == head
     (tmp_path / "baselines" / "x" / "method.toml").write_text("2")
-    assert provenance._commit() == f"{head}-dirty"
+    assert checkout_commit() == f"{head}-dirty"
+
+
+def test_a_stage_keeps_the_commit_that_ran_it_and_a_record_names_them_all(tmp_path) -> None:
+    for number, commit in enumerate(("a" * 40, "b" * 40, "a" * 40)):
+        run = Run(
+            accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=5, progress=Progress(),
+            commit=commit,
+        )  # fmt: skip
+        folder = run.stage(f"stage {number}", "things", {"number": number})
+        with folder.claimed():
+            folder.begin(run.device)
+            folder.finish(run.device)
+    later = Costs()  # of a run at another commit, which finds them finished
+    later.add(*(run.stage(f"stage {k}", "things", {"number": k}) for k in range(3)))
+    assert later.commits == ["a" * 40, "b" * 40, "a" * 40]
+    assert commits_text(later.commits) == f"{'a' * 40}, {'b' * 40}"
+    assert commits_text([None, None]) is None
+    assert commits_text([None, "c"]) == "no checkout, c"
+    assert len(commits_text(str(k) * 40 for k in range(9)) or "") < 200

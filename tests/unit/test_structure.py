@@ -14,7 +14,7 @@ ROOT = Path(guardbench.__file__).parent
 # Rooms in order; a module may import only from rooms at or before its own.
 ROOMS = [
     ["errors", "canonical", "threat", "interrupts"],
-    ["store", "locks", "progress", "figures"],
+    ["store", "locks", "progress", "figures", "commit"],
     [
         "protocol",
         "methods",
