@@ -413,3 +413,28 @@ def test_a_model_without_gradient_is_named():
 def test_settings_that_cannot_work_are_refused(make, message):
     with pytest.raises(GuardbenchError, match=message):
         make()
+
+
+@pytest.mark.parametrize("c", [0.2, 0.5])
+def test_cw_on_a_linear_model_breaks_what_the_formula_says(c):
+    """`|d|^2 + c f` of two classes with weights' difference w has its minimum at `c |w| / 2` along w.
+
+    So exactly the images nearer to the boundary than that are broken; Adam's momentum overshoots by less
+    than half.
+    """
+    torch.manual_seed(0)
+    layer = nn.Linear(36, 2)
+    with torch.no_grad():
+        difference = layer.weight[0] - layer.weight[1]
+        layer.bias.copy_(-0.5 * layer.weight.sum(1))  # grey lies on the boundary
+    exact = torch.linspace(0.02, 0.5, 80)
+    x = 0.5 + exact[:, None] * difference / difference.norm()
+    x = x.detach().view(80, 1, 6, 6)
+    model = nn.Sequential(nn.Flatten(), layer).eval()
+    outcome = run_verified(CW(c=c, steps=200), model, x, torch.zeros(80, dtype=torch.int64), seed=0)
+    reach = c * float(difference.norm()) / 2
+    assert not outcome.robust[exact < 0.98 * reach].any()
+    assert outcome.robust[exact > 1.5 * reach].all()
+    broken = ~outcome.robust
+    assert 10 < broken.sum() < 60
+    assert (outcome.distance[broken] > (1 - 1e-4) * exact[broken]).all()
