@@ -269,6 +269,10 @@ def unpack(archive_file: Path, folder: Path, archive: Archive, progress: Progres
 
 
 def _untar(archive_file: Path, into: Path, progress: Progress) -> None:
+    if not hasattr(tarfile, "data_filter"):
+        raise GuardbenchError(
+            f"{archive_file}: this Python is too old to unpack it safely: take 3.10.12, 3.11.4 or later."
+        )
     total = _size(archive_file) // _MEGABYTE
     with (
         archive_file.open("rb") as raw,

@@ -239,6 +239,8 @@ def _refuse_misnamed(info: DatasetInfo, place: _Place) -> None:
         )
     others = [name for name in inside if name not in known and (place.folder / name).is_dir()]
     near = difflib.get_close_matches(info.name, others, n=1, cutoff=0.8)
+    if info.classes:  # so that its own class folders, or official files, tell it from a stranger
+        near += [name for name in others if _is_itself(info, place.folder / name)]
     if near:
         raise GuardbenchError(
             f"{place.said} holds {near[0]!r} but no {info.name!r}: rename that folder to "

@@ -147,6 +147,11 @@ def test_empty_and_misnamed_data_folders(tmp_path: Path) -> None:
     assert "is empty" in one_line("imagenette", tmp_path / "empty")
     (tmp_path / "slip" / "imagenete").mkdir(parents=True)
     assert "holds 'imagenete' but no 'imagenette'" in one_line("imagenette", tmp_path / "slip")
+    (tmp_path / "called" / "mydata" / "train" / "n01440764").mkdir(parents=True)
+    said = one_line("imagenette", tmp_path / "called")
+    assert "holds 'mydata' but no 'imagenette'" in said
+    (tmp_path / "other" / "woof" / "train" / "n02086240").mkdir(parents=True)
+    assert locate("imagenette", tmp_path / "other", cache_dir=tmp_path).kind == "download"
     (tmp_path / "hollow" / "imagenette").mkdir(parents=True)
     said = one_line("imagenette", tmp_path / "hollow")
     assert "train/" in said
