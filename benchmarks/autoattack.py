@@ -30,10 +30,10 @@ from guardbench.attacks.searched import SLACK, search_model, searchable
 from guardbench.attacks.stream import rows_at_once
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
+from guardbench.devices import MemoryMeter, bf16_gains, device_name
 from guardbench.imported import from_file
 from guardbench.progress import Progress, clock
 from guardbench.protocol import load_protocol
-from guardbench.runtime import MemoryMeter, bf16_gains, device_name
 from guardbench.threat import ThreatModel
 
 ENGINES = ("pyautoattack", "guardbench")

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guardbench.curvature import step_along
+from guardbench.devices import device_name
 from guardbench.distillers.base import Task
 from guardbench.distillers.sre2l import Recover, _chunks, _groups, _Recovery
 from guardbench.methods import load_method
 from guardbench.models import Classifier, batch_norms, build_model, running_statistics_kept
 from guardbench.progress import Progress
 from guardbench.regularisers.base import Batch, build_regulariser
-from guardbench.runtime import Run, device_name
+from guardbench.runtime import Run
 from guardbench.threat import ThreatModel
 
 THREAT = ThreatModel("linf", Fraction(1, 255))

@@ -19,10 +19,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from guardbench.devices import device_name
 from guardbench.distillers import matching
 from guardbench.distillers.synthetic import InPieces
 from guardbench.models import build_model
-from guardbench.runtime import device_name
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from guardbench.attacks.pgd import PGD
 from guardbench.attacks.square import Square
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
+from guardbench.devices import MemoryMeter
 from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
-from guardbench.runtime import MemoryMeter
 from guardbench.scoring import attack_batch, images_at_a_time
 from guardbench.threat import ThreatModel
 

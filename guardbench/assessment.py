@@ -10,6 +10,7 @@ from guardbench.classifiers import Source, fingerprint, open_classifier
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
+from guardbench.devices import make_accelerator
 from guardbench.errors import GuardbenchError
 from guardbench.evaluation import measured_indices, measured_test
 from guardbench.imported import Imported
@@ -19,7 +20,7 @@ from guardbench.protocol import Protocol
 from guardbench.provenance import provenance
 from guardbench.record_files import load_any_record, save_record
 from guardbench.records import ClassifierRecord, Engine, SeedRun, Tier
-from guardbench.runtime import Run, make_accelerator
+from guardbench.runtime import Run
 from guardbench.scoring import Costs, engines_used, plan_scoring, score
 from guardbench.store import check_writable, explained
 from guardbench.tier import sample_size

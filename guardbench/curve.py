@@ -22,8 +22,9 @@ from guardbench.figures import new_figure, save_png
 from guardbench.imported import Imported
 from guardbench.metrics import wilson
 from guardbench.protocol import parse_fraction
-from guardbench.runtime import Run, StageFolder
+from guardbench.runtime import Run
 from guardbench.scoring import ENGINE_VERSION, attack_batch
+from guardbench.stages import StageFolder
 from guardbench.threat import Norm, ThreatModel
 
 SHARES = ("1/4", "1/2", "3/4", "1", "3/2", "2", "3", "4", "6", "8", "16", "32")

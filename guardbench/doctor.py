@@ -149,8 +149,8 @@ def devices(device: str) -> Iterator[Line]:
     """The device that a run would take, the GPUs that there are, and the threads of the CPU."""
     import torch
 
+    from guardbench.devices import device_name, make_accelerator
     from guardbench.report import byte_size
-    from guardbench.runtime import device_name, make_accelerator
 
     chosen = make_accelerator(device, "fp32", SIDE).device
     yield Line("device", "green", f"runs take {device_name(chosen)} (--device {device})")
@@ -197,7 +197,7 @@ def _cores() -> int:
 
 def precision(device: str) -> Iterator[Line]:
     """What `--precision auto` means here, and whether float32 is really float32, as official numbers need."""
-    from guardbench.runtime import bf16_gains, make_accelerator
+    from guardbench.devices import bf16_gains, make_accelerator
 
     where = make_accelerator(device, "fp32", SIDE).device
     gains = bf16_gains(where.type, SIDE)
@@ -394,8 +394,8 @@ def adapter() -> Iterator[Line]:
 
 def speed(device: str, seconds: float) -> Iterator[Line]:
     """Images a second of ResNet-18 at 64 px, the student of `imagenette-64`: forward, and with backward."""
+    from guardbench.devices import make_accelerator
     from guardbench.models import build_model
-    from guardbench.runtime import make_accelerator
 
     where = make_accelerator(device, "fp32", SIDE).device
     model = build_model(NETWORK, channels=3, classes=10, resolution=SIDE, seed=0).to(where)

@@ -17,6 +17,7 @@ from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import RealDataset, load_split
 from guardbench.data.locate import Located, locate
 from guardbench.data.peek import class_order, peek
+from guardbench.devices import make_accelerator
 from guardbench.distilled import MANIFEST, PREVIEW
 from guardbench.distillers.base import Distiller, PlannedStage, Task, tables
 from guardbench.distillers.squeeze import TEACHER
@@ -38,7 +39,7 @@ from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.provenance import provenance
 from guardbench.records import Engine, Method, ResultRecord, Tier
 from guardbench.registry import DISTILLERS, REGULARISERS, resolve
-from guardbench.runtime import Run, make_accelerator
+from guardbench.runtime import Run
 from guardbench.scoring import Costs, engines_used
 from guardbench.store import check_writable, explained
 from guardbench.tier import sample_size

@@ -10,8 +10,9 @@ import torch
 
 import guardbench
 from guardbench.commit import commits_text
+from guardbench.devices import device_name
 from guardbench.records import Engine, Provenance
-from guardbench.runtime import Run, device_name
+from guardbench.runtime import Run
 
 PACKAGES = ("torch", "torchvision", "accelerate", "pyautoattack", "numpy", "pillow", "scikit-learn")
 

@@ -34,12 +34,14 @@ from guardbench.attacks.stream import Journal, Tell, journaling, rows_at_once, t
 from guardbench.canonical import derive_seed
 from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, UNSTEADY, inspect, judge
 from guardbench.commit import UNKNOWN
+from guardbench.devices import bf16_gains
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
-from guardbench.runtime import Run, StageFolder, bf16_gains, seeded, stage_cost
+from guardbench.runtime import Run, seeded
+from guardbench.stages import StageFolder, stage_cost
 from guardbench.tier import measured
 
 ENGINE_VERSION = 4

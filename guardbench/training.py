@@ -24,7 +24,8 @@ from guardbench.labels import INDEX, LabelStore
 from guardbench.models import Classifier, build_model, load_trained, save_weights
 from guardbench.protocol import Student
 from guardbench.report import byte_size
-from guardbench.runtime import Run, StageFolder, check_finite
+from guardbench.runtime import Run, check_finite
+from guardbench.stages import StageFolder
 from guardbench.views import View, epoch_views
 
 STUDENT = "student.safetensors"

@@ -73,11 +73,12 @@ def curve(
     )
     from guardbench.curve_files import Curve, load_curve, save_curve
     from guardbench.data.dataset import load_split
+    from guardbench.devices import make_accelerator
     from guardbench.metrics import wilson
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
     from guardbench.protocol import list_digest
-    from guardbench.runtime import Run, make_accelerator
+    from guardbench.runtime import Run
     from guardbench.store import check_writable, explained
 
     source = Source(

@@ -83,12 +83,12 @@ def diagnose(
     import guardbench
     from guardbench.classifiers import Source, open_classifier
     from guardbench.curvature import l2_radius
+    from guardbench.devices import device_name, make_accelerator
     from guardbench.diagnosed import Diagnosis, draw_diagnosis, save_diagnosis
     from guardbench.diagnosis import Measure, load_real, open_distilled, pgd_of
     from guardbench.diagnosis import diagnose as diagnose_one
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
-    from guardbench.runtime import device_name, make_accelerator
     from guardbench.store import check_writable
 
     first = Source(

@@ -80,9 +80,9 @@ def evaluate(
     prepared = prepare(request, Progress(console))
     from rich.markup import escape
 
+    from guardbench.devices import device_name
     from guardbench.ranking import threat_text
     from guardbench.report import print_record
-    from guardbench.runtime import device_name
     from guardbench.tier import dev_text
 
     described = prepared.imported.described

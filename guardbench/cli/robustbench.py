@@ -57,9 +57,9 @@ def benchmark(
     from guardbench.attacks.robustbench import require_robustbench
     from guardbench.classifiers import Source, open_classifier
     from guardbench.data.dataset import load_split
+    from guardbench.devices import make_accelerator
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
-    from guardbench.runtime import make_accelerator
 
     source = Source(weights=weights, arch=arch, python=python, normalisation=normalisation)
     source.require_one()
@@ -110,9 +110,9 @@ def corruptions(
     from guardbench.attacks.robustbench import SEVERITIES
     from guardbench.attacks.robustbench import corruptions as measure
     from guardbench.classifiers import Source, open_classifier
+    from guardbench.devices import make_accelerator
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
-    from guardbench.runtime import make_accelerator
 
     source = Source(weights=weights, arch=arch, python=python, normalisation=normalisation)
     source.require_one()

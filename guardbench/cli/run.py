@@ -148,8 +148,8 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
     """Prints what a run will do, stage by stage, and what of it is done."""
     from rich.markup import escape
 
+    from guardbench.devices import device_name
     from guardbench.ranking import threat_text
-    from guardbench.runtime import device_name
     from guardbench.tier import dev_text
 
     protocol, task = plan.protocol, plan.task

@@ -11,7 +11,8 @@ from guardbench.errors import GuardbenchError
 from guardbench.methods import MethodFile, Recipe
 from guardbench.protocol import first_problem
 from guardbench.records import LabelKind, Strict
-from guardbench.runtime import Run, StageFolder
+from guardbench.runtime import Run
+from guardbench.stages import StageFolder
 from guardbench.threat import ThreatModel
 
 if TYPE_CHECKING:

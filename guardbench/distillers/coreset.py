@@ -26,7 +26,7 @@ from guardbench.distillers.squeeze import Squeeze, plan_squeeze, squeeze, squeez
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, features
 from guardbench.records import LabelKind, Strict
-from guardbench.runtime import StageFolder
+from guardbench.stages import StageFolder
 
 MOST_BYTES = 8 << 30
 """Of a set held in memory as float32."""

@@ -26,7 +26,8 @@ from guardbench.distillers.synthetic import (
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier
 from guardbench.records import LabelKind, Strict
-from guardbench.runtime import StageFolder, check_finite
+from guardbench.runtime import check_finite
+from guardbench.stages import StageFolder
 
 
 class Params(Strict):

@@ -31,7 +31,8 @@ from guardbench.models import Classifier, batch_norms, build_model
 from guardbench.protocol import CropScale
 from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, build_regulariser, key_words
-from guardbench.runtime import StageFolder, check_finite
+from guardbench.runtime import check_finite
+from guardbench.stages import StageFolder
 from guardbench.store import write_bytes
 
 TRAJECTORY = "trajectory.safetensors"

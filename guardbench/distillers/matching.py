@@ -36,7 +36,8 @@ from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier
 from guardbench.records import LabelKind, Strict
 from guardbench.regularisers.base import Batch, Regulariser, build_regulariser, key_words
-from guardbench.runtime import StageFolder, check_finite
+from guardbench.runtime import check_finite
+from guardbench.stages import StageFolder
 
 # Forward and backward, and the backward of both: measured 2.9 passes of a ConvNet on a CPU.
 SYNTHETIC_PASSES = 3.0

@@ -22,7 +22,8 @@ from guardbench.models import Classifier, build_model, load_trained, save_weight
 from guardbench.protocol import CropScale
 from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, Regulariser, build_regulariser, key_words
-from guardbench.runtime import StageFolder, check_finite
+from guardbench.runtime import check_finite
+from guardbench.stages import StageFolder
 
 TEACHER = "teacher.safetensors"
 

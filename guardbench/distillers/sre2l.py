@@ -42,7 +42,8 @@ from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, batch_norms
 from guardbench.protocol import CropScale
 from guardbench.records import LabelKind, Strict
-from guardbench.runtime import StageFolder, check_finite
+from guardbench.runtime import check_finite
+from guardbench.stages import StageFolder
 from guardbench.store import write_bytes
 
 CLASSES_A_GROUP = 100  # of the original's recover batches

@@ -23,7 +23,7 @@ from guardbench.distillers.dsa import View
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, batch_norms, build_model
 from guardbench.records import Name, Strict
-from guardbench.runtime import StageFolder
+from guardbench.stages import StageFolder
 
 
 class Matching(Strict):

@@ -58,7 +58,8 @@ from guardbench.distillers.trajectory_loss import (
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import CropScale
 from guardbench.records import LabelKind, Strict
-from guardbench.runtime import StageFolder, check_finite
+from guardbench.runtime import check_finite
+from guardbench.stages import StageFolder
 
 
 class Choices(Strict):

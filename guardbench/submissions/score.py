@@ -14,6 +14,7 @@ from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import RealDataset, load_split
 from guardbench.data.locate import locate
 from guardbench.data.peek import class_order
+from guardbench.devices import make_accelerator
 from guardbench.distilled import (
     MANIFEST,
     PREVIEW,
@@ -38,8 +39,9 @@ from guardbench.progress import Progress
 from guardbench.protocol import Protocol
 from guardbench.provenance import provenance
 from guardbench.records import Engine, Method, ResultRecord, SeedRun, Tier
-from guardbench.runtime import Run, StageFolder, make_accelerator
+from guardbench.runtime import Run
 from guardbench.scoring import Costs, engines_used
+from guardbench.stages import StageFolder
 from guardbench.store import check_writable, explained
 from guardbench.submissions.check import Report, check, protocols_for, read_form, recipe_of
 from guardbench.submissions.fetch import fetch_data

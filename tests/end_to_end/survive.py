@@ -28,7 +28,7 @@ import torch
 
 import guardbench.pipeline
 import guardbench.report  # noqa: F401 - imported for the forks
-from guardbench import runtime
+from guardbench import stages as stage_folders
 from guardbench.__main__ import main
 from guardbench.figures import new_figure, save_png
 from guardbench.interrupts import heard
@@ -89,7 +89,7 @@ def _run(folder: Path, words: list[str], number: int, every: float, reports: int
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
-    runtime.CHECKPOINT_EVERY_S = every
+    stage_folders.CHECKPOINT_EVERY_S = every
     real = Progress.stage
 
     @contextmanager

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from guardbench import runtime
-from guardbench.runtime import StageFolder
+from guardbench.stages import StageFolder
 
 
 @pytest.fixture

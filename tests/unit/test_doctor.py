@@ -115,8 +115,8 @@ def test_a_gpu_and_what_is_left_of_it(monkeypatch, free: float, state: str) -> N
 
 def test_precision(monkeypatch) -> None:
     gpu = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr("guardbench.runtime.make_accelerator", lambda *_: gpu)
-    monkeypatch.setattr("guardbench.runtime.bf16_gains", lambda *_: False)
+    monkeypatch.setattr("guardbench.devices.make_accelerator", lambda *_: gpu)
+    monkeypatch.setattr("guardbench.devices.bf16_gains", lambda *_: False)
     monkeypatch.setattr(doctor, "_product_error", lambda _: 1e-3)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     found = by_name(doctor.precision("cuda"))

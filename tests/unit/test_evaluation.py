@@ -189,7 +189,7 @@ def test_an_interrupted_attack_goes_on_at_its_next_image(
     go, calls, *_ = evaluated
     monkeypatch.setattr(scoring, "images_at_a_time", lambda *_: 8)
     monkeypatch.setattr(scoring.PlannedStage, "__eq__", object.__eq__)
-    monkeypatch.setattr("guardbench.runtime.CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr("guardbench.stages.CHECKPOINT_EVERY_S", -1.0)
     counted = scoring.run_batch
 
     def dies(*args, **kwargs):
@@ -216,7 +216,7 @@ def test_an_attack_column_killed_in_the_midst_of_its_batch_ends_the_same(
     from guardbench.attacks import square
 
     go, *_ = evaluated
-    monkeypatch.setattr("guardbench.runtime.CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr("guardbench.stages.CHECKPOINT_EVERY_S", -1.0)
     real, queries = square._Search.advance, []
 
     def dies(self, model, rows):

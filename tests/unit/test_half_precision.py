@@ -7,12 +7,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from guardbench.devices import make_accelerator
 from guardbench.distillers.sre2l import SRe2L
 from guardbench.errors import GuardbenchError
 from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.regularisers.base import Batch, build_regulariser
-from guardbench.runtime import Run, make_accelerator
+from guardbench.runtime import Run
 from guardbench.threat import ThreatModel
 from tests.unit.test_sre2l import load_digits, make_task
 

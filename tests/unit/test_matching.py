@@ -382,7 +382,7 @@ def test_a_run_that_was_killed_ends_as_an_unbroken_one(
 ) -> None:
     words = {"iterations": 3} | ({"loops": {"1": [1, 1], "2": [3, 2]}} if method != "dm" else {})
     whole = distil(make_task(tmp_path / "a", digits, method, ipc=ipc, **words), digits)
-    monkeypatch.setattr("guardbench.runtime.CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr("guardbench.stages.CHECKPOINT_EVERY_S", -1.0)
     step, count = SyntheticSet.step, 0
 
     def failing(self, loss):

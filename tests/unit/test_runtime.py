@@ -15,18 +15,14 @@ from accelerate import Accelerator
 from rich.console import Console
 
 import guardbench
-from guardbench import canonical, runtime
+from guardbench import canonical, devices, stages
 from guardbench.commit import checkout_commit, commits_text
+from guardbench.devices import effective_precision, make_accelerator
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress, clock
-from guardbench.runtime import (
-    Run,
-    StageFolder,
-    check_finite,
-    effective_precision,
-    make_accelerator,
-)
+from guardbench.runtime import Run, check_finite
 from guardbench.scoring import Costs
+from guardbench.stages import StageFolder
 from guardbench.store import explained
 
 CPU = torch.device("cpu")
@@ -223,8 +219,8 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path) -> None:
 
 def test_clocks_that_jump_or_begin_anew_cost_nothing_and_never_less(tmp_path, monkeypatch) -> None:
     now = [1e6]
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(runtime.time, "time", lambda: 1 / 0)  # a wall clock may jump
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stages.time, "time", lambda: 1 / 0)  # a wall clock may jump
     folder = make_run(tmp_path).stage("s", "k", {"a": 1})
     folder.begin(CPU)
     now[0] += 60
@@ -295,11 +291,11 @@ def test_another_version_of_torch_is_another_stage(tmp_path, monkeypatch) -> Non
 
 
 def test_bf16_is_not_chosen_where_it_would_be_emulated(monkeypatch) -> None:
-    monkeypatch.setattr(runtime.Path, "read_text", lambda _self: "flags: avx2 avx512f")
-    assert not runtime.bf16_gains("cpu", 224)
-    monkeypatch.setattr(runtime.Path, "read_text", lambda _self: "flags: avx512_bf16")
-    assert runtime.bf16_gains("cpu", 224)
-    assert not runtime.bf16_gains("cpu", 8)
+    monkeypatch.setattr(devices.Path, "read_text", lambda _self: "flags: avx2 avx512f")
+    assert not devices.bf16_gains("cpu", 224)
+    monkeypatch.setattr(devices.Path, "read_text", lambda _self: "flags: avx512_bf16")
+    assert devices.bf16_gains("cpu", 224)
+    assert not devices.bf16_gains("cpu", 8)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_remedy() -> None:

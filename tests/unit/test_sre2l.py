@@ -31,7 +31,8 @@ from guardbench.models import batch_norms, build_model
 from guardbench.processes import Processes
 from guardbench.progress import Progress
 from guardbench.regularisers.base import Batch, build_regulariser
-from guardbench.runtime import Run, StageFolder
+from guardbench.runtime import Run
+from guardbench.stages import StageFolder
 from guardbench.store import write_bytes
 from guardbench.threat import ThreatModel
 

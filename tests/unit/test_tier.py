@@ -12,10 +12,10 @@ from guardbench.attacks.base import run_batch
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.searched import in_bf16, search_model
 from guardbench.cli import app
+from guardbench.devices import _gains
 from guardbench.errors import GuardbenchError
 from guardbench.models import build_model
 from guardbench.protocol import load_protocol, protocol_ids
-from guardbench.runtime import _gains
 from guardbench.threat import ThreatModel
 from guardbench.tier import measured, sample_size, smoke, stratified
 

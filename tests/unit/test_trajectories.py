@@ -29,7 +29,8 @@ from guardbench.errors import GuardbenchError
 from guardbench.methods import load_method
 from guardbench.models import build_model
 from guardbench.progress import Progress
-from guardbench.runtime import Run, StageFolder
+from guardbench.runtime import Run
+from guardbench.stages import StageFolder
 from guardbench.threat import ThreatModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

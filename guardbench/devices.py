@@ -1,0 +1,174 @@
+"""What a run computes on and in which precision, and how much memory that takes."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import importlib.util
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+from accelerate.utils import InitProcessGroupKwargs  # type: ignore[import-untyped]
+
+from guardbench.errors import GuardbenchError
+from guardbench.processes import HOURS_TO_WAIT
+from guardbench.protocol import unknown
+
+TRACKERS = ("tensorboard", "wandb")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+# Below this resolution a CPU's kernels are too small to gain by bf16 or by threads.
+SMALL_RESOLUTION = 32
+
+
+def make_accelerator(
+    device: str,
+    precision: str,
+    resolution: int,
+    trackers: tuple[str, ...] = (),
+    folder: Path | None = None,
+) -> Accelerator:
+    """The Accelerator of a run.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: of training and distillation (official attacks are float32 whatever it is).
+            `auto` is bf16 where the device gains by it, float32 elsewhere. `fp16` scales the losses of
+            networks, see `Run.scaler`, and leaves in float32 what is optimised without one: images.
+        resolution: side of the images in pixels.
+        trackers: `tensorboard`, `wandb`: who is told the losses of training, see `Run.log`.
+        folder: where trackers write.
+
+    Raises:
+        GuardbenchError: the device is not there, or cannot do the precision, or a tracker is unknown or
+            not installed.
+    """
+    if precision not in PRECISIONS:
+        raise GuardbenchError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}.")
+    kind = _check_device(device)
+    if kind == "cuda" and ":" in device:
+        torch.cuda.set_device(torch.device(device))
+    if precision == "fp16" and kind != "cuda":
+        raise GuardbenchError(
+            f"--precision fp16: for GPUs without bf16, and this runs on {kind}; choose bf16 or fp32."
+        )
+    if precision == "auto":
+        precision = "bf16" if bf16_gains(kind, resolution) else "fp32"
+    if kind == "cpu" and resolution < SMALL_RESOLUTION:
+        torch.set_num_threads(1)  # on tiny kernels a second thread waits more than it works
+    mixed = "no" if precision == "fp32" else precision
+    # Official numbers are float32 and not TF32, and a resumed run must end as an unbroken one.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    # Accelerate keeps one state a process and refuses another precision; a second run may want one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=HOURS_TO_WAIT))
+    for name in trackers:
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
+        if importlib.util.find_spec(name) is None:
+            raise GuardbenchError(
+                f"--log-with {name}: it is not installed; python -m pip install {name}."
+            )
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=mixed,
+        kwargs_handlers=[patience],
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+    if accelerator.num_processes > 1:
+        atexit.register(accelerator.state.destroy_process_group)
+    return accelerator
+
+
+def _check_device(device: str) -> str:
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device == "auto":
+        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    kind, _, number = device.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there.get(kind) or (number and not (number.isdigit() and int(number) < count)):
+        found = ", ".join(name for name, ok in there.items() if ok)
+        raise GuardbenchError(f"--device {device}: not on this machine, which has {found}.")
+    return kind
+
+
+def bf16_gains(kind: str, resolution: int) -> bool:
+    """Whether this machine's device of that kind (`cpu`, `cuda`, `mps`) is faster in bf16 than in float32.
+
+    Args:
+        resolution: side of the images in pixels.
+    """
+    native = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if kind == "cpu" and flags.is_file() else ""
+    return _gains(kind, resolution, native=native, flags=text)
+
+
+def _gains(kind: str, resolution: int, *, native: bool, flags: str) -> bool:
+    """`bf16_gains` of a GPU that has bf16 units or not, or of a processor with these flags.
+
+    Emulated bf16 is slower than float32, so what counts is whether the instructions are there.
+    """
+    if kind == "cuda":
+        return native
+    if kind != "cpu" or resolution < SMALL_RESOLUTION:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def effective_precision(accelerator: Accelerator) -> str:
+    """`fp32`, `bf16` or `fp16`: what autocast really does on this accelerator."""
+    mixed = str(accelerator.mixed_precision)
+    return "fp32" if mixed == "no" else mixed
+
+
+class MemoryMeter:
+    """Peak memory since it was made: of the device's allocator on CUDA, of the process elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            # Linux forgets the old peak on request; elsewhere the peak is the process's.
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        status = Path("/proc/self/status")
+        if status.is_file():
+            for line in status.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H200`, or the name of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{device.type}: {name}"

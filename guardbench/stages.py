@@ -1,0 +1,266 @@
+"""Folders of stages, which survive a kill.
+
+A stage is keyed by a digest of everything that shapes its result. Its folder holds checkpoints while
+it runs and a `stage.json` once it is finished; a finished stage is never run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guardbench import canonical, interrupts, locks
+from guardbench.devices import MemoryMeter, device_name
+from guardbench.errors import GuardbenchError, brief
+from guardbench.processes import Processes
+from guardbench.records import StageCost
+from guardbench.store import explained, write_bytes, write_text
+
+CHECKPOINT_EVERY_S = 20.0
+
+
+@dataclass
+class StageFolder:
+    """One stage of a run on disk.
+
+    Attributes:
+        name: `squeeze`, `recover`, `relabel`, `student 0`, `attack pgd100 0` and so on.
+        path: its folder.
+        words: everything that shaped its result; `key` is their digest.
+        processes: of the run. Its first one reads and writes the folder and tells the others, so each
+            method must be called by all of them.
+        say: where a line goes that the user should see.
+        made: the keys of the stages that this run has finished itself.
+        commit: of the code that runs.
+    """
+
+    name: str
+    path: Path
+    words: Mapping[str, Any]
+    processes: Processes
+    say: Callable[[str], None]
+    made: set[str]
+    commit: str | None
+    _alone: bool = field(default=False, init=False)
+    _begun: float = field(default=0.0, init=False)
+    _spent: float = field(default=0.0, init=False)
+    _saved: float = field(default=0.0, init=False)
+    _took: float = field(default=0.0, init=False)
+    _calls: int = field(default=0, init=False)
+    _ask_at: int = field(default=0, init=False)
+    _meter: MemoryMeter | None = field(default=None, init=False)
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of `words`."""
+        return canonical.digest(self.words)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the unfinished stage keeps its state."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def reused(self) -> bool:
+        """Whether what it left is of an earlier run, or of another one at the same time."""
+        return self.key not in self.made
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[dict[str, Any] | None]:
+        """Gives what `finish` stored, or None when the stage is left to the block, and to it alone.
+
+        Waits while another process is at it, says who that is, and then reads what it has left. Inside,
+        a signal waits for the next checkpoint (`interrupts.inside_stage`).
+        """
+        stored = self.finished()
+        if stored is not None:
+            yield stored
+            return
+        with contextlib.ExitStack() as stack:
+            self._lock(stack)
+            stored = self.finished()
+            if stored is None:
+                stack.enter_context(interrupts.inside_stage(self.name))
+            yield stored
+
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        """Holds the folder's lock to the end of `stack`; the others hear that it waits."""
+        if not self.processes.main:
+            while self._told_to_wait(wait=True):
+                pass
+            return
+        lock = self.path / ".lock"
+        with explained(lock):
+            held = locks.locked(lock, self._waiting, lambda: self._told_to_wait(wait=True))
+            self._alone = stack.enter_context(held)
+        self._told_to_wait(wait=False)
+
+    def _told_to_wait(self, *, wait: bool) -> bool:
+        return self.processes.from_main(lambda: wait)
+
+    def _waiting(self, holder: str) -> None:
+        self.say(f"{self.name}: waiting for another process that is at it: {holder}")
+
+    def finished(self) -> dict[str, Any] | None:
+        """What `finish` stored, or None when the stage has not ended."""
+        return self.processes.from_main(self._finished)
+
+    def _finished(self) -> dict[str, Any] | None:
+        path = self.path / "stage.json"
+        if not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            seal = stored.pop("seal", None)  # older ones have none
+            if seal not in (None, canonical.digest(stored)):
+                raise ValueError("it has changed since it was written")
+            if stored["key"] != self.key:
+                raise ValueError("it belongs to another stage")
+            for name, sha in stored["files"].items():
+                if canonical.file_digest(self.path / name) != sha:
+                    raise ValueError(f"{name} has changed since it was written")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise GuardbenchError(
+                f"{path}: {error}; delete the folder and run again to rebuild it."
+            ) from error
+        return dict(stored)
+
+    def begin(self, device: torch.device) -> dict[str, Any] | None:
+        """Starts the clock; returns the last checkpoint of an earlier, unfinished run, if any.
+
+        One that is damaged is set aside with a line, and the stage begins anew.
+        """
+        self._begun = self._saved = time.monotonic()
+        self._meter = MemoryMeter(device)
+        found = self.processes.from_main(self._last_checkpoint)
+        if found is None:
+            return None
+        self._spent, state = found
+        return state
+
+    def _last_checkpoint(self) -> tuple[float, dict[str, Any]] | None:
+        if self._alone:
+            for part in self.path.rglob(".*.part"):  # of a run that was killed while it wrote
+                part.unlink(missing_ok=True)
+        if not self.checkpoint_path.is_file():
+            return None
+        try:
+            return self._read_checkpoint()
+        except ValueError as error:
+            aside = self.checkpoint_path.with_suffix(".damaged")
+            with explained(aside):
+                self.checkpoint_path.replace(aside)
+            self.say(
+                f"{self.checkpoint_path}: unreadable checkpoint ({error}); set aside as {aside.name}, "
+                f"and {self.name} begins anew"
+            )
+            return None
+
+    def _read_checkpoint(self) -> tuple[float, dict[str, Any]]:
+        try:
+            stored = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            if stored["key"] != self.key:
+                raise ValueError("it belongs to another stage")
+            return float(stored["seconds"]), dict(stored["state"])
+        # Broad on purpose: torch's restricted unpickler raises struct.error, IndexError and more for
+        # damaged bytes, no list of them is complete, and each means the same to the user.
+        except Exception as error:
+            raise ValueError(brief(error)) from error
+
+    @property
+    def seconds(self) -> float:
+        """Seconds worked on this stage, earlier runs included."""
+        return self._spent + time.monotonic() - self._begun
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough to be worth another, at most a twentieth of the time.
+
+        Or whether a signal asks for one.
+        """
+        self._calls += 1
+        if self._calls < self._ask_at:
+            return False
+        elapsed = time.monotonic() - self._saved
+        old = interrupts.wanted() or elapsed > CHECKPOINT_EVERY_S * max(1.0, self._took)
+        if self.processes.count > 1:
+            # A message a step would slow down short ones, so the next is a second away.
+            rate = int(self._calls / max(time.monotonic() - self._begun, 1e-3))
+            old, rate = self.processes.from_main(lambda: (old, rate))
+            self._ask_at = self._calls + max(1, rate)
+        return old
+
+    def checkpoint(self, state: Mapping[str, Any], *, last: bool = True) -> None:
+        """Writes tensors and plain values from which `begin` can go on; those of the first process.
+
+        Args:
+            last: whether a signal may end the command now; False where more is to be written.
+
+        Raises:
+            interrupts.Interrupted: a signal asked for the checkpoint, and it is written.
+        """
+        begun = time.monotonic()
+        # torch's writer in C++ is called back, and an error there is fatal.
+        with interrupts.unbroken():
+            if self.processes.main:
+                buffer = io.BytesIO()
+                torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
+                write_bytes(self.checkpoint_path, buffer.getvalue())
+            if last:
+                interrupts.stop(f"{self.name} is saved")
+        self._saved = time.monotonic()
+        self._took = self._saved - begun
+
+    def finish(
+        self,
+        device: torch.device,
+        files: tuple[str, ...] = (),
+        *,
+        shared: bool = True,
+        **facts: Any,
+    ) -> dict[str, Any]:
+        """Marks the stage as finished with its `files` (in `path`), cost and further `facts`.
+
+        The peak memory is that of the process that took most.
+
+        Args:
+            shared: whether all processes of the run worked on it, or one, as on a student.
+        """
+        assert self._meter is not None, "begin comes first"
+        cost = {
+            "stage": self.name,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": max(self.processes.collect(self._meter.peak())),
+            "device": self.processes.times(device_name(device)) if shared else device_name(device),
+        }
+        stored = self.processes.from_main(lambda: self._finish(files, cost, facts))
+        self.made.add(self.key)
+        return stored
+
+    def _finish(
+        self, files: tuple[str, ...], cost: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        stored = {
+            "key": self.key,
+            "words": dict(self.words),
+            "files": {name: canonical.file_digest(self.path / name) for name in files},
+            "cost": cost,
+            "commit": self.commit,
+            **facts,
+        }
+        seal = canonical.digest(json.loads(canonical.dumps(stored)))
+        write_text(self.path / "stage.json", canonical.dumps({**stored, "seal": seal}))
+        self.checkpoint_path.unlink(missing_ok=True)
+        return stored
+
+
+def stage_cost(stored: Mapping[str, Any], *, shared: bool) -> StageCost:
+    """The cost that `StageFolder.finish` stored, for a record."""
+    return StageCost(**stored["cost"], shared=shared)
