@@ -273,7 +273,8 @@ class Provenance(Strict):
 
     Attributes:
         guardbench: its version.
-        commit: of the checkout, None outside one.
+        commit: of the checkout when the process began that made the stages, each once where there are
+            several; None outside a checkout.
         versions: package -> version.
         python: its version.
         platform: operating system and processor.
