@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from guardbench import runtime
+from guardbench import stages
 from guardbench.stages import StageFolder
 
 
@@ -31,7 +31,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch):
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(runtime, "CHECKPOINT_EVERY_S", -1.0)
+            patched.setattr(stages, "CHECKPOINT_EVERY_S", -1.0)
             patched.setattr(StageFolder, "checkpoint", dies)
             with pytest.raises(KeyboardInterrupt):
                 work()

@@ -74,10 +74,11 @@ def test_survivors_go_on_from_where_they_stood(monkeypatch):
     starts: list[Tensor] = []
     kept = warm.search
 
-    def listen(model, x, y, state, **more):
-        starts.append(state[0].clone())
-        found = kept(model, x, y, state, **more)
-        starts.append(found[0].clone())
+    def listen(model, x, y, update, *, start, **more):
+        first = torch.zeros(len(x), dtype=torch.int64)
+        starts.append(start(x, y, first)["point"].clone())
+        found = kept(model, x, y, update, start=start, **more)
+        starts.append(found.clone())
         return found
 
     monkeypatch.setattr(warm, "search", listen)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save
 
-from guardbench import runtime
+from guardbench import stages
 from guardbench.data.dataset import load_split
 from guardbench.distilled import load_distilled
 from guardbench.distillers.base import Task
@@ -243,7 +243,7 @@ def test_a_recover_of_many_groups_holds_one_of_them(
     """Neither a checkpoint nor the optimiser grows with what is done, and a kill keeps what is done."""
     teacher = trained_teacher()
     whole = recover(make_task(tmp_path / "a", ipc=3, iterations=3), teacher)
-    monkeypatch.setattr(runtime, "CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr(stages, "CHECKPOINT_EVERY_S", -1.0)
     task = make_task(tmp_path / "b", ipc=3, iterations=3, images_a_batch=10)
     sizes, real = [], StageFolder.checkpoint
 
