@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 Rows = dict[str, Tensor]
 """Per-row tensors [n, ...] of the searches in the batch. `stream` owns `image` (int64, the place in
-its `x`) and `age` (iterations so far); a search owns the rest, of which `adv` is the image that it
-stands at."""
+its `x`) and `age` (iterations so far, to which a search that has moved by several adds the others); a
+search owns the rest, of which `adv` is the image that it stands at."""
 
 Tell = Callable[[float, int], None]
 """Hears which share of an attack's work is done (0 to 1) and how many images are not yet broken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from fractions import Fraction
 
 import pyautoattack
@@ -34,7 +35,7 @@ from guardbench.attacks.square import Square, square_side
 from guardbench.attacks.stream import rows_at_once, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.attacks.vmifgsm import VMIFGSM
-from guardbench.ball import length, random_start
+from guardbench.ball import content_generator, length, random_start
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel, tolerance
 
@@ -410,7 +411,7 @@ def test_an_attack_killed_in_its_midst_goes_on_there_and_ends_the_same(attack, m
     model, x, y = precise_case(count)
     written: list[bytes] = []
     checks = iter(range(10**9))
-    period = 400 if isinstance(attack, AutoAttack) else 1
+    period = 30 if isinstance(attack, AutoAttack) else 1
 
     def run(states=(), due=lambda: False, model=model):
         def write(states):
@@ -711,22 +712,92 @@ def test_square_asks_no_more_than_it_may_and_only_inside_the_ball():
     assert len(everything.asked) <= 41
 
 
+def one_query_at_a_time(model, x, y, eps, queries):
+    """Square on one image [1, C, H, W], as its paper has it, with the engine's own random numbers."""
+    generator = content_generator(x[0], 0, "square")
+    _, channels, high, wide = x.shape
+    signs = torch.where(torch.rand(channels, 1, wide, generator=generator) < 0.5, -1.0, 1.0)
+    draws = torch.rand(queries, 2 + channels, generator=generator)
+    best, margin = x, math.inf
+    for query in range(-1, queries):
+        proposal = best.clone() if query >= 0 else (x + eps * signs.to(x)).clamp(0, 1)
+        if query >= 0:
+            side = int(square_side(torch.tensor(query), high, wide))
+            top, left = (
+                int(draws[query, i].to(x) * (edge - side + 1))
+                for i, edge in enumerate((high, wide))
+            )
+            place = (0, slice(None), slice(top, top + side), slice(left, left + side))
+            end = eps * torch.where(draws[query, 2:] < 0.5, -1.0, 1.0).to(x)
+            proposal[place] = (x[place] + end[:, None, None]).clamp(0, 1)
+        logits = model(proposal)[0]
+        others = torch.cat([logits[: int(y)], logits[int(y) + 1 :]])
+        found = float(logits[int(y)] - others.max())
+        if found < 0:
+            return proposal
+        if found < margin:
+            best, margin = proposal, found
+    return x
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_square_that_looks_ahead_is_square_that_asks_one_query_at_a_time(count):
+    torch.manual_seed(count)
+    layers = nn.Flatten(), nn.Linear(72, 16), nn.Tanh(), nn.Linear(16, 4)
+    model = nn.Sequential(*layers).double().eval().requires_grad_(False)
+    x = torch.rand(count, 2, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    threat = ThreatModel("linf", Fraction(6, 100))
+    asked = []
+    handle = model.register_forward_hook(lambda _, given, __: asked.append(len(given[0])))
+    found = Square(threat=threat, queries=300).perturb(model, x, y, seed=0)
+    handle.remove()
+    with torch.no_grad():
+        wanted = [
+            one_query_at_a_time(model, x[i : i + 1], y[i], float(threat.eps), 300)
+            for i in range(count)
+        ]
+    assert torch.equal(found, torch.cat(wanted))
+    assert count < 40 or 5 < int((found != x).flatten(1).any(1).sum()) < 40
+    assert len(asked) < 150, "many queries a pass"
+
+
+def test_square_looks_ahead_only_where_a_pass_has_room(monkeypatch):
+    """Of a batch that is full, and of rows that keep most proposals, a pass holds one query."""
+    from guardbench.attacks import square
+
+    search = square._Search(Square(threat=LINF), 0)
+    monkeypatch.setattr(square, "rows_at_once", lambda _x: 64)
+
+    def width(count, kept):
+        return search._width({"x": torch.zeros(count, 1, 4, 4), "kept": torch.full((count,), kept)})
+
+    assert [width(count, 0.01) for count in (64, 33, 32, 8, 1)] == [1, 1, 2, 8, 64]
+    assert width(8, 1.0) == 1
+    assert width(1, 0.2) < width(1, 0.05) < width(1, 0.0) == 64
+    search.fitting.most = 16  # memory ran out at 32
+    assert width(8, 0.01) == 2
+    assert width(64, 0.01) == 1
+
+
 def test_square_keeps_what_lowers_the_margin_and_stops_at_the_first_hit():
     x = torch.full((1, 1, 8, 8), 0.5)
     y = torch.zeros(1, dtype=torch.int64)
     model = Recording(lambda flat: flat.mean(1)).eval()
     Square(threat=LINF, queries=500).perturb(model, x, y, seed=0)
-    level = [float(asked.mean()) for asked in model.asked]
+    level = [float(asked.mean()) for batch in model.asked for asked in batch]
     assert min(level) == pytest.approx(0.45, abs=1e-3)
-    best = model.asked[0]
-    for asked in model.asked[1:]:  # every proposal is one square away from the best so far
-        rows, columns = (asked != best)[0, 0].nonzero().unbind(1)
-        assert (asked[0, 0, rows, columns].unique().numel()) == 1
-        if asked.mean() < best.mean():
-            best = asked
+    best = model.asked[0][0]
+    for batch in model.asked[1:]:  # every proposal is one square away from the best so far
+        for asked in batch:
+            rows, columns = (asked != best)[0].nonzero().unbind(1)
+            assert (asked[0, rows, columns].unique().numel()) == 1
+        best = next((asked for asked in batch if asked.mean() < best.mean()), best)
     model = Recording(lambda flat: 40 * (flat.mean(1) - 0.48)).eval()
     found = Square(threat=LINF, queries=500).perturb(model, x, y, seed=0)
-    assert torch.equal(found, model.asked[-1])
+    (last,) = (asked for asked in model.asked[-1] if torch.equal(asked, found[0]))
+    assert torch.equal(last, found[0])
     assert (model(found).argmax(1) != y).all()
     assert all((model(asked).argmax(1) == y).all() for asked in [*model.asked[:-2]])
 
