@@ -264,9 +264,12 @@ def print_paper(console: Console, cells: Sequence[Cell], doubts: Sequence[str]) 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
     for title in ("method", "dataset", "IPC", "measured"):
         table.add_column(title, overflow="fold")
-    for title in ("paper %", "here %", "95% interval", "gap"):
+    for title in ("paper %", "from", "here %", "95% interval", "gap"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("protocol here", overflow="fold")
+    sources = {
+        source: f"[{k + 1}]" for k, source in enumerate(dict.fromkeys(c.source for c in cells))
+    }
     for cell in cells:
         found, record = cell.found, cell.record
         own = ", own settings" if not record.method.official else ""
@@ -278,12 +281,15 @@ def print_paper(console: Console, cells: Sequence[Cell], doubts: Sequence[str]) 
             str(cell.ipc),
             cell.column,
             f"{cell.published:.2f}",
+            escape(sources[cell.source]),
             f"{100 * float(found.share):.1f}",
             f"{found.low:.1f} - {found.high:.1f}",
             f"{cell.gap:+.1f}",
             f"{record.protocol}, {found.images} images{own}",
         )
     console.print(table)
+    for source, mark in sources.items():
+        console.print(f"{mark} {source}", style="dim", markup=False, highlight=False, emoji=False)
     console.print(
         "The papers measure on the whole validation set, and some train students for longer or with "
         "other augmentation; a gap says nothing of a method where the protocol here is another.",

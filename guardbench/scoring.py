@@ -44,7 +44,7 @@ from guardbench.runtime import Run, seeded
 from guardbench.stages import StageFolder, stage_cost
 from guardbench.tier import measured
 
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 """Part of the key of what attacks find: raised when their verdicts, or their checkpoints, may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""

@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
+from typing import Annotated
 
-def methods() -> None:
+import typer
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Show every setting of this method's recipes instead.")
+    ] = None,
+) -> None:
     """List the methods: distiller, regulariser, where they come from, and the records there are.
 
-    Example: guardbench methods
+    With a NAME, that method's recipes: where each comes from, and what every setting is. The names of the
+    settings are those of `guardbench run --set`.
+
+    Example: guardbench methods guard
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from guardbench.methods import load_method, method_names
 
-    from guardbench.methods import load_method, measured, method_names
-
-    table = Table("method", "distiller", "regulariser", "source", "recipes", "measured")
-    for name in method_names():
-        method = load_method(name)
+    if name is not None:
+        _recipes(name)
+        return
+    for each in method_names():
+        method = load_method(each)
         kinds = dict.fromkeys(str(recipe.regulariser["kind"]) for recipe in method.recipes.values())
-        cells = (
-            name,
-            method.distiller,
-            ", ".join(kinds),
-            method.paper,
-            "\n".join(sorted(method.recipes)),
-            "\n".join(measured(name)) or "nothing yet",
-        )
-        table.add_row(*(escape(cell) for cell in cells))
-    Console(emoji=False).print(table)
+        typer.echo(f"{each}: {method.title}")
+        _line("distiller", method.distiller)
+        _line("regulariser", ", ".join(kinds))
+        _line("source", method.paper)
+        _line("recipes", ", ".join(sorted(method.recipes)))
+        _measured(each)
+
+
+def _recipes(name: str) -> None:
+    from guardbench.methods import load_method
+
+    method = load_method(name)
+    typer.echo(f"{name}: {method.title}")
+    _line("distiller", method.distiller)
+    _line("source", method.paper)
+    _measured(name)
+    for key, recipe in sorted(method.recipes.items()):
+        typer.echo(f"\n{key}")
+        _line("source", recipe.source)
+        for table, words in {"regulariser": recipe.regulariser, **recipe.params}.items():
+            for word, value in words.items():
+                typer.echo(f"  {table}.{word} = {value}")
+
+
+def _measured(name: str) -> None:
+    from guardbench.methods import measured
+
+    _line("measured", ", ".join(measured(name)) or "nothing yet")
+
+
+def _line(what: str, text: str) -> None:
+    """A field and its value, wrapped to the terminal's width under itself."""
+    import shutil
+    import textwrap
+
+    width = max(40, shutil.get_terminal_size().columns)
+    first, rest = f"  {what:<13}", " " * 15
+    for line in textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+    ):
+        typer.echo(line)

@@ -101,6 +101,9 @@ def test_like_takes_over_what_a_method_does_not_say() -> None:
     assert short.params["squeeze"] == sre2l.recipes["imagenette@64"].params["squeeze"] | {
         "epochs": 8
     }
+    curriculum = {"crop_scale": [0.08, 1.0], "curriculum": "cosine"}
+    recover = load_method("cda").recipes["imagenette@64"].params["recover"]
+    assert recover == sre2l.recipes["imagenette@64"].params["recover"] | curriculum
     assert not [p for p in trades.published if p.cells], "sre2l's cells are not its own"
 
 

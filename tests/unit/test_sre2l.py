@@ -1,6 +1,7 @@
 """Squeeze and recover: the BN term against a plain reference, and all images at once against one by one."""
 
 import dataclasses
+import math
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -10,8 +11,10 @@ from accelerate import Accelerator
 from safetensors.torch import save
 
 from guardbench import stages
+from guardbench.data.augment import draw_crops
 from guardbench.data.dataset import load_split
 from guardbench.distilled import load_distilled
+from guardbench.distillers import sre2l
 from guardbench.distillers.base import Task
 from guardbench.distillers.squeeze import Squeeze, _backward, _batches, squeeze
 from guardbench.distillers.sre2l import (
@@ -152,6 +155,28 @@ def test_group_all_shares_statistics_and_so_differs(tmp_path) -> None:
     classes = SRe2L().distill(make_task(tmp_path, group="classes"), load_digits())
     everything = SRe2L().distill(make_task(tmp_path, group="all"), load_digits())
     assert (classes.images - everything.images).abs().max() > 0.01
+
+
+def test_the_curriculum_goes_from_whole_images_to_the_smallest_crops(tmp_path, monkeypatch) -> None:
+    """On a cosine, as CDA has it (Yin & Shen 2023, section 3.2), and the views are drawn by it."""
+    common = {"iterations": 4, "lr": 1, "r_bn": 1, "jitter": 0, "crop_scale": (0.2, 1.0)}
+    rising = Recover(**common, curriculum="cosine")
+    lows = [rising.scale_at(share)[0] for share in (0.0, 0.25, 0.5, 1.0)]
+    quarter = 1 - 0.8 * (1 - math.sqrt(0.5)) / 2
+    assert lows == pytest.approx([1.0, quarter, 0.6, 0.2])
+    assert {Recover(**common).scale_at(share) for share in (0.0, 0.5, 1.0)} == {(0.2, 1.0)}
+    drawn: list[tuple[float, float]] = []
+
+    def noted(count, side, scale, generator):
+        drawn.append(scale)
+        return draw_crops(count, side, scale, generator)
+
+    monkeypatch.setattr(sre2l, "draw_crops", noted)
+    task = make_task(tmp_path, ipc=1, iterations=4, crop_scale=[0.2, 1.0], curriculum="cosine")
+    found = SRe2L().distill(task, load_digits())
+    assert [low for low, _ in drawn] == pytest.approx([rising.scale_at(k / 4)[0] for k in range(4)])
+    plain = make_task(tmp_path, ipc=1, iterations=4, crop_scale=[0.2, 1.0])
+    assert not torch.equal(found.images, SRe2L().distill(plain, load_digits()).images)
 
 
 def test_one_batch_holds_one_image_of_every_class() -> None:
