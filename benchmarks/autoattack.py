@@ -7,9 +7,9 @@
 Both engines run in processes of their own, which take turns of a few seconds (`turns.py`), so that a
 neighbour's load or a slow minute hits both. Prints for each model and radius the robust accuracy of both,
 the places of the images on which they differ, seconds, their ratio and peak memory, and at the end the
-same over all, with a sign test. pyautoattack gets its best batch size with --batch; it sees the model as
-it is, the engine its folded copy, as in `guardbench evaluate`. With `--tier dev` the engine runs a third
-time, as that tier searches on this device.
+same over all, with a sign test. pyautoattack gets the one of the batch sizes --batch at which bare
+loops of the model are fastest; it sees the model as it is, the engine its folded copy, as in `guardbench
+evaluate`. With `--tier dev` the engine runs a third time, as that tier searches on this device.
 """
 
 import argparse
@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from turns import TURN_S, in_turns
 
 from guardbench.attacks.autoattack import AutoAttack, part_name
-from guardbench.attacks.base import run_batch, score_clean
+from guardbench.attacks.base import LOGIT_NOISE, run_batch, score_clean
 from guardbench.attacks.searched import SLACK, search_model, searchable
 from guardbench.attacks.stream import rows_at_once
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
-from guardbench.devices import MemoryMeter, bf16_gains, device_name
+from guardbench.devices import MemoryMeter, bf16_gains, device_name, make_accelerator
 from guardbench.imported import from_file
 from guardbench.progress import Progress, clock
 from guardbench.protocol import load_protocol
+from guardbench.scoring import images_at_a_time
 from guardbench.threat import ThreatModel
 
 ENGINES = ("pyautoattack", "guardbench")
@@ -109,16 +110,18 @@ def contestant(engine: str, question: Question, batch: int) -> Callable[[], tupl
     model, x, y, threat = question.load()
     right = score_clean(model, x, y).nonzero().squeeze(1)
     reference = engine == "pyautoattack"
+    make_accelerator(DEVICE.type, "fp32", x.shape[-1])  # sets torch as official runs have it
     attack = AutoAttack(threat=threat, engine="reference" if reference else "guardbench")
-    fast, slack = searchable(model, x[:8].to(DEVICE)), 0.0
+    fast, slack = searchable(model, x[:8].to(DEVICE)), LOGIT_NOISE
     if engine == DEV:
         half = bf16_gains(DEVICE.type, x.shape[-1])
         fast, precision = search_model(model, x[:8].to(DEVICE), "bf16" if half else "fp32")
-        slack = SLACK if precision == "bf16" else 0.0
+        slack = SLACK if precision == "bf16" else LOGIT_NOISE
 
     def run() -> tuple[list[bool], int]:
         meter, robust = MemoryMeter(DEVICE), torch.zeros(len(x), dtype=torch.bool)
-        for index in torch.split(right, batch if reference else len(right)):
+        whole = images_at_a_time(attack, x[:1].to(DEVICE))
+        for index in torch.split(right, batch if reference else whole):
             searched = None if reference else fast
             found = run_batch(attack, model, x, y, index, seed=0, searched=searched, slack=slack)
             robust[index] = ~found.broken
@@ -127,9 +130,11 @@ def contestant(engine: str, question: Question, batch: int) -> Callable[[], tupl
     return run
 
 
-def measure(question: Question, *, batch: int, dev: bool) -> Measured:
+def measure(question: Question, *, batches: list[int], dev: bool) -> Measured:
     """Runs the engines in turns."""
     names = [*ENGINES, *([DEV] if dev else [])]
+    model, x, *_ = question.load()
+    batch = fastest(model, x.to(DEVICE), batches)
     found = in_turns(contestant, {name: (name, question, batch) for name in names})
     return Measured(
         {name: torch.tensor(robust) for name, ((robust, _), _) in found.items()},
@@ -161,9 +166,31 @@ def now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-def bare_rates(net: nn.Module, x: Tensor, seconds: float = 3.0) -> tuple[float, float]:
-    """Images a second of `net` in bare loops at the engine's batch size: forward, and with gradient."""
-    size = rows_at_once(x)
+def fastest(model: nn.Module, x: Tensor, batches: list[int]) -> int:
+    """The batch size at which a forward and a gradient pass over an image take the least time."""
+    if len(batches) == 1:
+        return batches[0]
+    seconds = {}
+    for size in batches:
+        forward, gradient = bare_rates(model, x, size=size)
+        seconds[size] = 1 / forward + 1 / gradient
+    best = min(seconds, key=lambda size: seconds[size])
+    told = ", ".join(f"{1e3 * seconds[size]:.2f} ms at {size}" for size in batches)
+    print(
+        f"  pyautoattack's batch: {best} (an image's forward and gradient pass: {told})", flush=True
+    )
+    return best
+
+
+def bare_rates(
+    net: nn.Module, x: Tensor, seconds: float = 3.0, size: int | None = None
+) -> tuple[float, float]:
+    """Images a second of `net` in bare loops: forward, and with gradient.
+
+    Args:
+        size: of the batches, the engine's unless told.
+    """
+    size = size or rows_at_once(x)
     batch = x[torch.arange(size) % len(x)]
 
     def forward() -> None:
@@ -255,7 +282,11 @@ def main() -> None:
     words.add_argument("--protocol", required=True)
     words.add_argument("--images", type=int, default=200)
     words.add_argument(
-        "--batch", type=int, default=250, help="images that pyautoattack gets at once"
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[32, 64, 128, 256, 512],
+        help="images that pyautoattack gets at once; of several the best is found",
     )
     words.add_argument("--tier", choices=("official", "dev"), default="official")
     words.add_argument("--eps", type=Fraction, nargs="+", help="instead of the protocol's")
@@ -277,7 +308,7 @@ def main() -> None:
                 weights, args.arch, args.normalisation, args.protocol, args.images, eps,
                 args.data_dir, args.cache_dir,
             )  # fmt: skip
-            parts.append(measure(question, batch=args.batch, dev=args.tier == "dev"))
+            parts.append(measure(question, batches=args.batch, dev=args.tier == "dev"))
             print(
                 f"{weights.stem}, {protocol.threat.norm} {eps}",
                 *parts[-1].lines(),

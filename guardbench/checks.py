@@ -25,7 +25,7 @@ from guardbench.protocol import Protocol
 from guardbench.records import Check, SeedRun
 from guardbench.threat import ThreatModel
 
-CHECKS_VERSION = 1
+CHECKS_VERSION = 2
 """Part of the key of what checks find: raised when their numbers may change."""
 IMAGES = 64
 UNSTEADY = ("random-answers", "batch-dependence")
@@ -143,7 +143,8 @@ def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor, fitting: Fitting) ->
         (gradient,) = fitting(differentiate, x, y)
     except GuardbenchError:  # none reaches any image
         return torch.ones(len(x), dtype=torch.bool)
-    return (gradient.flatten(1) == 0).all(1)
+    # From a NaN, whose sign is 0, no attack takes a step either.
+    return (gradient.flatten(1) == 0).all(1) | ~gradient.flatten(1).isfinite().all(1)
 
 
 def _fooled(model: nn.Module, attack: APGD | PGD, x: Tensor, y: Tensor, seed: int) -> Tensor:

@@ -50,6 +50,11 @@ def rising_radii(text: str | None, threat: ThreatModel) -> tuple[Fraction, ...]:
         raise GuardbenchError(f"--radii: {error}.") from error
     if radii[0] <= 0 or any(a >= b for a, b in pairwise(radii)):
         raise GuardbenchError(f"--radii {text}: must be positive and rise.")
+    if threat.norm == "linf" and radii[-1] > 1:
+        raise GuardbenchError(
+            f"--radii {text}: in l-inf none is over 1, where every image is any other; did you mean "
+            f"{radii[-1]}/255?"
+        )
     if len(radii) > MOST or radii[-1] > FARTHEST or max(eps.denominator for eps in radii) > 10**15:
         raise GuardbenchError(
             f"--radii: at most {MOST}, none over {FARTHEST}, as fractions of at most 15 digits."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,11 +25,25 @@ from guardbench.stages import StageFolder
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, a model that draws from torch's own generators answers as it would at any other time."""
+def seeded(seed: int, state: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Inside, a model that draws from torch's own generators answers as it would at any other time.
+
+    Args:
+        state: of `drawn_so_far`, to go on from there.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if state:
+            torch.set_rng_state(state[0])
+        if len(state) > 1 and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state[1])
         yield
+
+
+def drawn_so_far() -> list[Tensor]:
+    """Where torch's own generators stand, of the CPU and of the GPU if there is one."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
 
 
 @dataclass(frozen=True, kw_only=True)

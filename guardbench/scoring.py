@@ -40,7 +40,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
-from guardbench.runtime import Run, seeded
+from guardbench.runtime import Run, drawn_so_far, seeded
 from guardbench.stages import StageFolder, stage_cost
 from guardbench.tier import measured
 
@@ -404,14 +404,18 @@ def _attack(
     size = images_at_a_time(attack, x[:1].to(run.device))
     untouched = _run_by(attack) == "reference"
     state = folder.begin(run.device)
-    decided, streams = 0, []  # how many of those that are right have their verdict, in order
+    decided, streams, drawn = (
+        0,
+        [],
+        [],
+    )  # how many of those that are right have their verdict, in order
     if state is not None and "decided" in state:
         decided, robust, distance = int(state["decided"]), state["robust"], state["distance"]
-        streams = state["streams"]
+        streams, drawn = state["streams"], state["drawn"] if state["streams"] else []
 
     def keep(decided: int, streams: list[dict[str, Any]]) -> None:
         state = {"decided": decided, "robust": robust, "distance": distance, "streams": streams}
-        folder.checkpoint(state)
+        folder.checkpoint({**state, "drawn": drawn_so_far()})
 
     named = derive_seed(plan.seed, "attack", spec.name)
     # Planned anew from the first undecided image: on another device a batch may be of another size.
@@ -426,7 +430,8 @@ def _attack(
             due = folder.due if processes.count == 1 else _never
             journal = Journal(due, partial(keep, decided), streams)
             mine = index[processes.rank :: processes.count]
-            with telling(_shown(bar, len(index), sure)), journaling(journal), seeded(named):
+            shown = _shown(bar, len(index), sure)
+            with telling(shown), journaling(journal), seeded(named, drawn):
                 found = run_batch(
                     attack, model, x, y, mine + first, seed=named,
                     searched=None if untouched else fast,
@@ -438,7 +443,7 @@ def _attack(
                     distance[part.index - first] = part.distance
             decided += len(index)
             bar.advance(len(index), f"{int(robust.sum()) - rest} robust so far")
-            streams = []
+            streams, drawn = [], []
             if folder.due() and rest:
                 keep(decided, streams)
         bar.advance(0, f"{100 * robust.float().mean():.1f}% robust")

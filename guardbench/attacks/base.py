@@ -204,7 +204,8 @@ def run_batch(
         require_eval(model)
         adv, distance = _inside(attack, found, images[rows], index[rows.cpu()])
         again = rescore_batch_size
-        wrong = _broken(model, adv, labels[rows], index[rows.cpu()], again, steady)
+        under = f" at an image that {attack} made"
+        wrong = _broken(model, adv, labels[rows], index[rows.cpu()], again, steady, under)
         return adv, distance, wrong
 
     with frozen(model), frozen(seen):
@@ -291,15 +292,19 @@ def _require_unit_range(x: Tensor) -> None:
         )
 
 
-def _logits(model: nn.Module, x: Tensor, y: Tensor, most: int) -> Tensor:
-    """Logits [n, K] without gradient, `most` images a pass; refused if they are NaN or do not fit."""
+def _logits(model: nn.Module, x: Tensor, y: Tensor, most: int, under: str = "") -> Tensor:
+    """Logits [n, K] without gradient, `most` images a pass; refused if they are NaN or do not fit.
+
+    Args:
+        under: which attack made the images, for that error.
+    """
     with torch.no_grad():
         (logits,) = Fitting(most)(lambda some: (model(some),), x)
     if logits.ndim != 2 or len(logits) != len(x):
         shape = list(logits.shape)
         raise GuardbenchError(f"the model must answer logits [{len(x)}, K], not {shape}")
     if logits.isnan().any():
-        raise GuardbenchError("the model answers NaN; its accuracy means nothing")
+        raise GuardbenchError(f"the model answers NaN{under}; its accuracy means nothing")
     if len(y) and not (int(y.min()) >= 0 and int(y.max()) < logits.shape[1]):
         found = f"{int(y.min())} to {int(y.max())}"
         raise GuardbenchError(f"labels must be 0 to {logits.shape[1] - 1}, found {found}")
@@ -313,7 +318,9 @@ def _inside(attack: Attack, found: Tensor, x: Tensor, index: Tensor) -> tuple[Te
         raise GuardbenchError(f"{attack}: returned {kind} for images {x.dtype} {list(x.shape)}")
     found = found.detach().to(x.device)
     if not (finite := found.flatten(1).isfinite().all(1)).all():
-        raise GuardbenchError(f"{attack}: image {_first(~finite, index)} is not finite")
+        raise GuardbenchError(
+            f"{attack}: image {_first(~finite, index)} is not finite, as where the model's gradient is NaN"
+        )
     outside = torch.maximum(-found, found - 1).flatten(1).amax(1)
     if (wrong := outside > 2 * FLOAT32_ULP).any():
         excess = float(outside[wrong][0])
@@ -347,16 +354,17 @@ def _broken(
     index: Tensor,
     rescore_batch_size: int | None,
     steady: bool,
+    under: str,
 ) -> Tensor:
     """Whether one of two scorings at different batch sizes misclassifies each image, bool [n]."""
     size = min(len(adv), rows_at_once(adv))
-    logits = _logits(model, adv, y, size)
+    logits = _logits(model, adv, y, size, under)
     other = rescore_batch_size or (size + 1) // 2
     if other < size:
-        again = _logits(model, adv, y, other)
+        again = _logits(model, adv, y, other, under)
     else:
         more, labels = torch.cat([adv, adv[:1]]), torch.cat([y, y[:1]])
-        again = _logits(model, more, labels, size + 1)[:-1]
+        again = _logits(model, more, labels, size + 1, under)[:-1]
     first, second = logits.argmax(1) != y, again.argmax(1) != y
     noise = LOGIT_NOISE * torch.maximum(logits.abs().amax(1), again.abs().amax(1))
     margin = torch.maximum(margin_of(logits, y).abs(), margin_of(again, y).abs())

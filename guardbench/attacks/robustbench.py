@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from guardbench.attacks.base import score_clean
 from guardbench.attacks.reference import FormerAutoAttack, former_state
+from guardbench.data.catalog import dataset_info
 from guardbench.errors import GuardbenchError, brief
 from guardbench.locks import locked
 from guardbench.protocol import unknown
@@ -177,6 +178,7 @@ def corruptions(
     folder: Path,
     *,
     resolution: int,
+    classes: int,
     count: int = 10_000,
     told: Callable[[str], None] = lambda _: None,
 ) -> dict[str, tuple[float, ...]]:
@@ -184,7 +186,7 @@ def corruptions(
 
     Args:
         model: in eval mode.
-        resolution: side of the images that the model is for.
+        resolution, classes: side of the images that the model is for, and how many classes it knows.
         folder: holds `labels.npy` [5 N] and `<corruption>.npy`, uint8 [5 N, H, W, 3], N images of
             severity 1, then N of severity 2, ... (Hendrycks & Dietterich, ICLR 2019, arXiv:1903.12261).
         count: the first images of each file and severity; all N where there are fewer.
@@ -197,6 +199,11 @@ def corruptions(
         GuardbenchError: a file is missing or is not what it must be.
     """
     labels = _array(folder / "labels.npy", 1)
+    if len(labels) and int(labels.max()) + 1 != classes:
+        raise GuardbenchError(
+            f"{folder / 'labels.npy'}: labels to {int(labels.max())}; the protocol's dataset has {classes} "
+            "classes."
+        )
     found = {}
     for name in robustbench().data.CORRUPTIONS:
         images = _array(folder / f"{name}.npy", 4)
@@ -245,7 +252,7 @@ def model_info(
 
     Returns:
         The fields that are known; accuracies in percent with two decimals, as text, on the images that
-        AutoAttack saw.
+        AutoAttack saw; `footnote` says how many, where the test set has more.
     """
     (seed,) = record.seeds
     if attack not in seed.attacks:
@@ -253,6 +260,7 @@ def model_info(
     robust = seed.attacks[attack]
     start = robust.first - seed.clean.first
     clean = Outcome.from_flags(seed.clean.flags()[start : start + robust.total])
+    whole = dataset_info(record.dataset).val_count
     info = robustbench().utils.ModelInfo(
         dataset=record.dataset,
         architecture=record.classifier.arch,
@@ -260,6 +268,7 @@ def model_info(
         eps=str(eps),
         clean_acc=f"{100 * clean.correct / clean.total:.2f}",
         autoattack_acc=f"{100 * robust.correct / robust.total:.2f}",
+        footnote=None if robust.total == whole else f"On {robust.total} of {whole} test images.",
         **more,
     )
     return {key: value for key, value in vars(info).items() if value is not None}

@@ -34,11 +34,12 @@ class Square:
 
     While few images are left, a batch holds the next proposals of each, as if those before them were
     refused, as nearly all are late in a search. Those behind the first that is kept are forgotten and
-    made anew from it, so the search is the one that asks one at a time.
+    made anew from it, so the search is the one that asks one at a time (unless the model's answers are
+    random for a whole pass).
 
     Attributes:
         threat: the ball; l-inf, or l2 and l1 through the reference engine.
-        queries: proposals an image, at most.
+        queries: proposals an image, at most; those that are forgotten do not count.
         engine: `reference` runs pyautoattack's in l-inf too.
     """
 
@@ -103,21 +104,25 @@ class _Search:
         count, width = len(rows["x"]), self._width(rows)
         row = torch.arange(count, device=rows["x"].device).repeat_interleave(width)
         ahead = torch.arange(width, device=row.device).repeat(count)
-        query, first = rows["step"][row] + ahead, rows["step"][row] < 0
-        proposal = torch.where(
-            per_image(first, rows["x"]), rows["adv"][row], self._propose(rows, row, query)
-        )
-        changed = (proposal != rows["adv"][row]).flatten(1).any(1) & (query < self.attack.queries)
-        changed = torch.where(first, ahead == 0, changed)
-        wrong = torch.zeros_like(changed)
-        margin = rows["margin"].new_full((len(row),), torch.inf)
-        if changed.any():
-            with torch.no_grad():
-                (logits,) = self.fitting(lambda images: (model(images),), proposal[changed])
-            labels = rows["y"][row[changed]]
-            wrong[changed] = logits.argmax(1) != labels
-            # Of a model that answers in another dtype.
-            margin[changed] = margin_of(logits, labels).to(margin.dtype)
+
+        def judge(row: Tensor, ahead: Tensor) -> tuple[Tensor, ...]:
+            query, adv = rows["step"][row] + ahead, rows["adv"][row]
+            first = query - ahead < 0
+            proposal = torch.where(per_image(first, adv), adv, self._propose(rows, row, query))
+            changed = (proposal != adv).flatten(1).any(1) & (query < self.attack.queries)
+            changed = torch.where(first, ahead == 0, changed)
+            wrong = torch.zeros_like(changed)
+            margin = rows["margin"].new_full((len(row),), torch.inf)
+            if changed.any():
+                with torch.no_grad():
+                    logits = model(proposal[changed])
+                labels = rows["y"][row[changed]]
+                wrong[changed] = logits.argmax(1) != labels
+                # Of a model that answers in another dtype.
+                margin[changed] = margin_of(logits, labels).to(margin.dtype)
+            return proposal, wrong, margin
+
+        proposal, wrong, margin = self.fitting(judge, row, ahead)
         better = ((margin < rows["margin"][row]) | wrong).view(count, width)
         kept = better.any(1)
         best = torch.arange(count, device=row.device) * width + better.int().argmax(1)

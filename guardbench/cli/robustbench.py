@@ -110,6 +110,7 @@ def corruptions(
     from guardbench.attacks.robustbench import SEVERITIES
     from guardbench.attacks.robustbench import corruptions as measure
     from guardbench.classifiers import Source, open_classifier
+    from guardbench.data.catalog import dataset_info
     from guardbench.devices import make_accelerator
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
@@ -128,6 +129,7 @@ def corruptions(
     with Progress(console).stage("corruptions", 15, "corruptions") as bar:
         found = measure(
             model, folder, resolution=chosen.resolution, count=images,
+            classes=dataset_info(chosen.dataset).num_classes,
             told=lambda name: bar.advance(1, name),
         )  # fmt: skip
     table = Table("corruption", *(f"severity {s}" for s in range(1, SEVERITIES + 1)), "mean")

@@ -60,7 +60,12 @@ class _Coreset:
 
     def plan(self, task: Task) -> list[PlannedStage]:
         """See `Distiller.plan`."""
-        teacher = self._squeeze(task)
+        teacher, kind = self._squeeze(task), task.recipe.regulariser["kind"]
+        if teacher is None and kind != "none":
+            raise GuardbenchError(
+                f"method {task.method.name}: trains no network on real images, so the regulariser {kind} has "
+                "nothing to act on; leave it out, or take --set select.labels=teacher."
+            )
         stages = [] if teacher is None else [plan_squeeze(task, teacher)]
         images = task.train_images if self.by_features else self.image_count(task)
         passes = images / 3 if self.by_features else 0.01 * images

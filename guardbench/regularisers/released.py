@@ -15,10 +15,12 @@ from guardbench.regularisers.base import Batch, require_positive
 class ReleasedAdversarial:
     """PGD as the authors of GUARD released it: on normalised images that are clamped to [0, 1].
 
-    A faithful copy of a setting that is not adversarial training in the protocol's threat model:
-    the attack sees images that are normalised already, yet cuts them to [0, 1], so that every pixel
-    below the dataset's mean is lost; and the radius, in normalised units, is that of h (3 by
-    default), which is larger than that range. See FirstOrderCurvature for what h is elsewhere.
+    A setting that is not adversarial training in the protocol's threat model: the attack sees images
+    that are normalised already, yet cuts them to [0, 1], so that every pixel below the dataset's mean is
+    lost; and in one variant of that code, followed here, the radius, in normalised units, is that of h (3
+    by default), which is larger than that range. So an attacked image need not keep anything of its own,
+    and nothing can be learned from it. Steps and their length are ours. See FirstOrderCurvature for what
+    h is elsewhere.
 
     Attributes:
         radius: l-inf, in normalised units.

@@ -124,7 +124,7 @@ def test_a_method_runs_and_resumes(tmp_path: Path, name: str) -> None:
     assert [row["method"]["name"] for row in rows] == [name]
 
 
-@pytest.mark.parametrize("name", ["guard", "random", "herding"])
+@pytest.mark.parametrize("name", ["guard", "sre2l-trades", "tesla", "k-center"])
 def test_equal_seeds_give_equal_digests(tmp_path: Path, name: str) -> None:
     found = []
     for folder in ("a", "b"):

@@ -62,7 +62,7 @@ def test_every_method_plans_under_every_protocol_at_every_ipc(tmp_path, name, pr
             stages = distiller.plan(task)
         except GuardbenchError as error:  # this IPC is beyond the method, and it says why
             refusal = str(error)
-        assert stages or (f"{ipc}" in refusal and len(refusal) > 10 and "\n" not in refusal)
+        assert stages or (f"IPC {ipc}" in refusal and len(refusal) > 10 and "\n" not in refusal)
         assert all(stage.passes > 0 for stage in stages)
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
 
@@ -78,7 +78,7 @@ def test_guard_is_sre2l_with_the_regulariser_in_its_squeeze() -> None:
 
 
 PAPERS = {
-    "guard", "sre2l", "sre2l-adv", "sre2l-adv-released", "sre2l-trades", "sre2l-fbf",
+    "guard", "guard-double", "sre2l", "sre2l-adv", "sre2l-adv-released", "sre2l-trades", "sre2l-fbf",
     "sre2l-gradnorm", "cda", "cda-guard", "random", "herding", "k-center", "full",
     "dc", "dc-guard", "dsa", "dm", "mtt", "tesla", "mat",
 }  # fmt: skip

@@ -131,12 +131,12 @@ class Bright(nn.Module):
 def test_corruptions_are_told_by_file_and_severity(corrupted):
     folder, names = corrupted
     heard: list[str] = []
-    found = corruptions(Bright().eval(), folder, resolution=2, told=heard.append)
+    found = corruptions(Bright().eval(), folder, resolution=2, classes=2, told=heard.append)
     assert heard == list(names) == list(found)
     for place, name in enumerate(names):
         last = 0.75 if 50 + 10 * place > 127.5 else 0.25
         assert found[name] == (0.75, 0.75, 0.75, 0.25, last)
-    first = corruptions(Bright().eval(), folder, resolution=2, count=2)
+    first = corruptions(Bright().eval(), folder, resolution=2, classes=2, count=2)
     assert first[names[0]] == (1, 1, 1, 0, 0)
 
 
@@ -154,12 +154,13 @@ def test_corruptions_are_told_by_file_and_severity(corrupted):
         (lambda f: (f / "snow.npy").write_bytes(b"PK\x03\x04"), "snow.npy: cannot be read"),
         (lambda f: [np.save(p, np.load(p)[:0]) for p in f.glob("*.npy")], "expected"),
         (lambda f: np.save(f / "labels.npy", np.array([print] * 20)), "cannot be read"),
+        (lambda f: np.save(f / "labels.npy", np.full(20, 9)), "labels to 9; .* has 2 classes"),
     ],
 )
 def test_a_folder_that_is_no_cifar10c_is_one_line(corrupted, spoil, line):
     spoil(corrupted[0])
     with pytest.raises(GuardbenchError, match=line):
-        corruptions(Bright().eval(), corrupted[0], resolution=2)
+        corruptions(Bright().eval(), corrupted[0], resolution=2, classes=2)
 
 
 def record(**more) -> ClassifierRecord:
@@ -201,6 +202,7 @@ def test_a_record_becomes_model_info(tmp_path):
     assert found == {
         "name": "Ours", "dataset": "digits", "architecture": "resnet18", "eps": "16/255",
         "clean_acc": "80.00", "autoattack_acc": "30.00", "number_forward_passes": 1,
+        "footnote": "On 100 of 445 test images.",
     }  # fmt: skip
     column = {"other": Outcome.from_flags([True] * 30 + [False] * 70)}
     clean = Outcome.from_flags([True] * 300)

@@ -81,6 +81,9 @@ def test_saturated_logits_and_detached_inputs_leave_no_gradient(honest) -> None:
     model, x, y = honest
     loud = Wrapped(model, after=lambda z: 1e3 * z).eval()
     assert inspect(loud, x, y, THREAT, seed=0)["zero-gradients"].value > 0.5
+    # sqrt has no slope at 0, so every gradient is NaN while every answer is finite.
+    broken = Wrapped(model, before=lambda x: x + (x - x.detach()).abs().sqrt()).eval()
+    assert inspect(broken, x, y, THREAT, seed=0)["zero-gradients"].value == 1
     cut = Wrapped(model, before=lambda x: x.detach()).eval()
     found = inspect(cut, x, y, THREAT, seed=0)
     assert found["zero-gradients"].value == 1

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from guardbench.distillers.coreset import Full, Herding, KCenter, Random
 from guardbench.errors import GuardbenchError
 from guardbench.methods import load_method
+from guardbench.registry import DISTILLERS, resolve
 from tests.unit.test_sre2l import load_digits, make_task
 
 
@@ -25,6 +26,16 @@ def coreset_task(tmp_path, name: str, ipc: int, **select: object):
         method=method,
         recipe=recipe.model_copy(update={"params": params}),
     )
+
+
+@pytest.mark.parametrize("name", ["full", "dm"])
+def test_a_regulariser_with_nothing_to_act_on_is_refused(tmp_path, name: str) -> None:
+    method = load_method(name)
+    recipe = method.recipe("digits", 8).model_copy(update={"regulariser": {"kind": "trades"}})
+    task = dataclasses.replace(make_task(tmp_path), method=method, recipe=recipe)
+    distiller = resolve(DISTILLERS, "distiller", method.distiller)()
+    with pytest.raises(GuardbenchError, match="regulariser trades has nothing to act on"):
+        distiller.plan(task)
 
 
 def radius(points: torch.Tensor, chosen: list[int]) -> float:

@@ -234,7 +234,12 @@ def test_radii():
     assert max(default) <= 1
     wide = rising_radii(None, ThreatModel("l2", Fraction(1, 2)))
     assert max(wide) == 16, "in l2 a radius of 1 is no limit"
-    for wrong in ("1e400", ",".join(f"{k}/255" for k in range(1, 300)), f"1/{'9' * 30}"):
+    with pytest.raises(GuardbenchError, match=r"in l-inf none is over 1.* did you mean 8/255"):
+        rising_radii("1,2,4,8", threat)
+    assert rising_radii("1,2", ThreatModel("l2", Fraction(1, 2))) == (1, 2)
+    with pytest.raises(GuardbenchError, match="at most 200, none over 1000"):
+        rising_radii("1e400", ThreatModel("l2", Fraction(1, 2)))
+    for wrong in (",".join(f"{k}/99999" for k in range(1, 300)), f"1/{'9' * 30}"):
         with pytest.raises(GuardbenchError, match="at most 200, none over 1000"):
             rising_radii(wrong, threat)
     for wrong in ("2/255,1/255", "0,1/255", "1/255,1/255"):

@@ -216,6 +216,32 @@ def test_the_released_setting_loses_what_lies_below_the_mean() -> None:
     assert model.normalise(batch.images).min() < -1
 
 
+def test_the_released_attack_climbs_within_its_radius() -> None:
+    model = build_model("convnet-d3-bn-small", channels=3, classes=4, resolution=8, seed=1).train()
+    seen: list[Tensor] = []
+    # Images that the cut to [0, 1] leaves whole.
+    inside = torch.rand(16, 3, 8, 8) * 0.4 + 0.3
+    images = inside * model.std + model.mean
+    labels = torch.arange(16) % 4
+    with torch.no_grad():
+        clean = nn.functional.cross_entropy(model(images), labels)
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    attack = ReleasedAdversarial(radius=0.1, steps=5)
+    loss, _ = attack.backward(Batch(model=model, images=images, labels=labels))
+    moved = seen[-1] - model.normalise(images)
+    assert float(moved.abs().max()) == pytest.approx(0.1, abs=1e-6)
+    assert (moved.abs() > 0.099).float().mean() > 0.2, (
+        "of a random start a hundredth lies at the edge"
+    )
+    assert loss > 1.1 * clean
+    # The gradient that it leaves is that of the loss at the last image, nothing of the way there.
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    nn.functional.cross_entropy(model.backbone(seen[-1]), labels).backward()
+    for one, other in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad)
+
+
 def test_equal_generators_repeat_a_step() -> None:
     def gradient(seed: int) -> Tensor:
         model = smooth()
