@@ -16,7 +16,7 @@ import guardbench
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import first_problem, read_toml, toml_value, unknown
-from guardbench.record_files import record_paths
+from guardbench.record_files import load_record, record_paths
 from guardbench.records import Name, Strict
 
 
@@ -36,6 +36,11 @@ class Recipe(Strict):
     source: str = Field(max_length=400)
     regulariser: dict[str, str | float | int] = Field(default_factory=_no_regulariser)
     params: dict[str, dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        """Of the settings, whatever their source."""
+        return canonical.digest(self.model_dump(mode="json", exclude={"source"}))
 
     @field_validator("regulariser")
     @classmethod
@@ -109,10 +114,20 @@ def method_names() -> list[str]:
     return sorted(path.parent.name for path in methods_folder().glob("*/method.toml"))
 
 
-def measured(name: str) -> list[str]:
-    """The records of a method that came with guardbench, such as `digits ipc10-seed0`, sorted."""
-    results = methods_folder() / name / "results"
-    return sorted(f"{path.parent.name} {path.stem}" for path in record_paths(results, "*/*.json"))
+def measured(method: MethodFile) -> list[str]:
+    """The records of a method that came with guardbench, such as `digits ipc10-seed0`, sorted.
+
+    One whose recipe has changed since is marked.
+    """
+    current = {recipe.digest for recipe in method.recipes.values()}
+    found = []
+    for path in record_paths(methods_folder() / method.name / "results", "*/*.json"):
+        record = load_record(path).method
+        earlier = record.official and record.recipe_sha256 not in current
+        found.append(
+            f"{path.parent.name} {path.stem}" + (" (an earlier recipe)" if earlier else "")
+        )
+    return sorted(found)
 
 
 def load_method(name: str) -> MethodFile:

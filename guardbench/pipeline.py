@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 
-from guardbench import canonical
 from guardbench.checks import flags
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import RealDataset, load_split
@@ -395,6 +394,6 @@ def planned_method(plan: Plan) -> Method:
         title=plan.method.title,
         distiller=plan.method.distiller,
         regulariser=str(recipe.regulariser["kind"]),
-        recipe_sha256=canonical.digest(recipe.model_dump(mode="json", exclude={"source"})),
+        recipe_sha256=recipe.digest,
         official=not plan.changed,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from guardbench.methods import MethodFile
 
 
 def methods(
@@ -32,7 +35,7 @@ def methods(
         _line("regulariser", ", ".join(kinds))
         _line("source", method.paper)
         _line("recipes", ", ".join(sorted(method.recipes)))
-        _measured(each)
+        _measured(method)
 
 
 def _recipes(name: str) -> None:
@@ -42,7 +45,7 @@ def _recipes(name: str) -> None:
     typer.echo(f"{name}: {method.title}")
     _line("distiller", method.distiller)
     _line("source", method.paper)
-    _measured(name)
+    _measured(method)
     for key, recipe in sorted(method.recipes.items()):
         typer.echo(f"\n{key}")
         _line("source", recipe.source)
@@ -51,10 +54,10 @@ def _recipes(name: str) -> None:
                 typer.echo(f"  {table}.{word} = {value}")
 
 
-def _measured(name: str) -> None:
+def _measured(method: MethodFile) -> None:
     from guardbench.methods import measured
 
-    _line("measured", ", ".join(measured(name)) or "nothing yet")
+    _line("measured", ", ".join(measured(method)) or "nothing yet")
 
 
 def _line(what: str, text: str) -> None:

@@ -8,7 +8,13 @@ from accelerate import Accelerator
 from guardbench.data.catalog import dataset_info
 from guardbench.distillers.base import Task, tables
 from guardbench.errors import GuardbenchError
-from guardbench.methods import load_method, method_names, methods_folder, overridden
+from guardbench.methods import (
+    load_method,
+    measured,
+    method_names,
+    methods_folder,
+    overridden,
+)
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol, protocol_ids
 from guardbench.records import LabelKind
@@ -231,3 +237,15 @@ def test_a_missing_field_is_named(tmp_path, monkeypatch, field: str) -> None:
     monkeypatch.setattr("guardbench.methods.methods_folder", lambda: tmp_path)
     with pytest.raises(GuardbenchError, match=rf"method\.toml.*{field}"):
         load_method("sre2l")
+
+
+def test_a_record_of_an_earlier_recipe_is_listed_as_one() -> None:
+    method = load_method("guard")
+    assert "digits ipc10-seed0" in measured(method)
+    recipe = method.recipes["digits@8"]
+    changed = recipe.model_copy(update={"regulariser": {**recipe.regulariser, "weight": 2.0}})
+    found = measured(method.model_copy(update={"recipes": {"digits@8": changed}}))
+    assert "digits ipc10-seed0 (an earlier recipe)" in found
+    reworded = recipe.model_copy(update={"source": "elsewhere"})
+    found = measured(method.model_copy(update={"recipes": {"digits@8": reworded}}))
+    assert "digits ipc10-seed0" in found
