@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from guardbench.record_files import load_record
 from guardbench.records import ResultRecord
 
-# Long enough to learn something, short enough that rounding has not yet grown into another network.
-SETTINGS = ("--set", "squeeze.epochs=3", "--set", "recover.iterations=20")
+# Long enough to learn something, short enough that rounding has not yet grown into another network: from two
+# epochs to three the teachers' largest difference grows from 6e-4 to 2e-2 (one thread, AVX-512).
+SETTINGS = ("--set", "squeeze.epochs=2", "--set", "recover.iterations=10")
 WORDS = ("run", "--method", "guard", "--protocol", "quick.toml", "--ipc", "10", *SETTINGS)
-APART = 0.02  # of the images may have another verdict
+APART = 0.01  # of the images may have another verdict
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -78,8 +79,8 @@ def test_two_processes_make_the_record_of_one(alone: Path) -> None:
     one, two = the_record(alone / "one"), the_record(alone / "two")
     assert two.provenance.device == f"2 x {one.provenance.device}"
     assert {c.stage for c in two.cost} == {c.stage for c in one.cost}
-    assert one.seeds[0].clean.correct > 30, (
-        "a network that has learnt nothing agrees with any other"
+    assert sum(seed.clean.correct for seed in one.seeds) > 60, (
+        "networks that have learnt nothing agree with any other"
     )
     assert share_apart(one, two) <= APART
     teachers, images = (
@@ -87,10 +88,10 @@ def test_two_processes_make_the_record_of_one(alone: Path) -> None:
         for name in ("teachers/*/teacher.safetensors", "distilled/*/distilled/images.safetensors")
     )
     for key, value in teachers[0].items():
-        torch.testing.assert_close(teachers[1][key], value, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(teachers[1][key], value, rtol=0.002, atol=0.002)
     # Adam divides a pixel's gradient by its own size, so rounding alone can turn a small one's sign.
     off = (images[0]["images"] - images[1]["images"]).abs().mean()
-    assert off < 0.02, f"pixels differ by {off:.3f} on average"
+    assert off < 0.005, f"pixels differ by {off:.3f} on average"
     files = [sorted(p.relative_to(alone / at) for p in (alone / at).rglob("*") if p.is_file())
              for at in ("one", "two")]  # fmt: skip
     assert files[0] == files[1], "nothing more and nothing less is written"

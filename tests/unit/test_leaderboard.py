@@ -745,5 +745,5 @@ def test_every_stage_of_a_record_is_of_distillation_or_of_evaluation(path: Path)
     distilling = named - EVALUATION_STAGES - set(record.attack_names)
     selecting = {"random", "herding", "k-center", "full"}
     assert distilling <= selecting | {
-        "squeeze", "recover", "relabel", "match", "experts", "submission"
+        "squeeze", "recover", "relabel", "match", "expert", "submission"
     }  # fmt: skip
