@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from turns import TURN_S, in_turns
 
 from guardbench.attacks.autoattack import AutoAttack, part_name
-from guardbench.attacks.base import LOGIT_NOISE, run_batch, score_clean
+from guardbench.attacks.base import LOGIT_NOISE, frozen, run_batch, score_clean
+from guardbench.attacks.reference import NORMS, FormerAutoAttack
 from guardbench.attacks.searched import SLACK, search_model, searchable
 from guardbench.attacks.stream import rows_at_once
 from guardbench.data.catalog import dataset_info
@@ -111,7 +112,9 @@ def contestant(engine: str, question: Question, batch: int) -> Callable[[], tupl
     right = score_clean(model, x, y).nonzero().squeeze(1)
     reference = engine == "pyautoattack"
     make_accelerator(DEVICE.type, "fp32", x.shape[-1])  # sets torch as official runs have it
-    attack = AutoAttack(threat=threat, engine="reference" if reference else "guardbench")
+    if reference:
+        return lambda: by_pyautoattack(model, x, y, right, threat, batch)
+    attack = AutoAttack(threat=threat)
     fast, slack = searchable(model, x[:8].to(DEVICE)), LOGIT_NOISE
     if engine == DEV:
         half = bf16_gains(DEVICE.type, x.shape[-1])
@@ -121,13 +124,29 @@ def contestant(engine: str, question: Question, batch: int) -> Callable[[], tupl
     def run() -> tuple[list[bool], int]:
         meter, robust = MemoryMeter(DEVICE), torch.zeros(len(x), dtype=torch.bool)
         whole = images_at_a_time(attack, x[:1].to(DEVICE))
-        for index in torch.split(right, batch if reference else whole):
-            searched = None if reference else fast
-            found = run_batch(attack, model, x, y, index, seed=0, searched=searched, slack=slack)
+        for index in torch.split(right, whole):
+            found = run_batch(attack, model, x, y, index, seed=0, searched=fast, slack=slack)
             robust[index] = ~found.broken
         return robust.tolist(), meter.peak()
 
     return run
+
+
+def by_pyautoattack(
+    model: nn.Module, x: Tensor, y: Tensor, right: Tensor, threat: ThreatModel, batch: int
+) -> tuple[list[bool], int]:
+    """Its own evaluation of all images at once: between attacks it fills its batches with survivors."""
+    meter, robust = MemoryMeter(DEVICE), torch.zeros(len(x), dtype=torch.bool)
+    images, labels = x[right].to(DEVICE), y[right].to(DEVICE)
+    with frozen(model):
+        engine = FormerAutoAttack(
+            model, norm=NORMS[threat.norm], eps=float(threat.eps), version="standard", device=DEVICE
+        )
+        engine.engine.verbose = False
+        found = engine.run_standard_evaluation(images, labels, bs=batch)
+        for part in torch.arange(len(found)).split(batch):
+            robust[right[part]] = (model(found[part]).argmax(1) == labels[part]).cpu()
+    return robust.tolist(), meter.peak()
 
 
 def measure(question: Question, *, batches: list[int], dev: bool) -> Measured:
