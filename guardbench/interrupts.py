@@ -2,7 +2,8 @@
 
 Between stages a signal ends the command where it stands. Inside one it waits for the next checkpoint, so
 that no step is torn and nothing that was computed is lost; a step that takes longer than `GRACE_S` is given
-up, and the stage goes on from its last checkpoint. A second signal ends the process at once.
+up, and the stage goes on from its last checkpoint. A second signal ends the process at once, unless it is
+the first once more, by another way.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
 GRACE_S = 3.0
 """How long a step may take that began before the signal."""
+_ONE_REQUEST_S = 0.5
+"""A scheduler's signal may come by several ways: from it, from the launcher, from the suite."""
 _AGAIN_S = 0.5  # an exception that some library's callback swallowed is raised once more after that
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -33,6 +37,7 @@ class _Ear:
     Attributes:
         pid: the process that hears; those that it forks, such as a loader's workers, it ends itself.
         signum: of the first signal, None before it.
+        at: when it came.
         stages, writes: how many `inside_stage` and `unbroken` blocks are open.
         late: whether the grace is over.
         said: how to go on.
@@ -40,6 +45,7 @@ class _Ear:
 
     pid: int = 0
     signum: int | None = None
+    at: float = 0.0
     stages: int = 0
     writes: int = 0
     late: bool = False
@@ -127,11 +133,13 @@ def _hear(signum: int, _frame: FrameType | None) -> None:
         if signum == signal.SIGTERM:
             os._exit(128 + signum)
         return
+    if signum == _ear.signum and time.monotonic() - _ear.at < _ONE_REQUEST_S:
+        return
     if _ear.signum is not None:
         shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which a progress bar hides
         os.write(2, f"{shown}left at once; run the same command again\n".encode())
         os._exit(128 + signum)
-    _ear.signum = signum
+    _ear.signum, _ear.at = signum, time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, GRACE_S, _AGAIN_S)
     if not _ear.stages and not _ear.writes:
         _raise()

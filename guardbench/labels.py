@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -84,7 +85,7 @@ class LabelStore:
         return self._unpacked(load(data))
 
     def left(self, epochs: int, rows: int) -> list[int]:
-        """The epochs, of the first `epochs`, that are not there yet.
+        """The epochs, of the first `epochs`, that are not there yet, or damaged.
 
         Args:
             rows: of an epoch.
@@ -93,7 +94,7 @@ class LabelStore:
             GuardbenchError: they do not fit into what the file system has left.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        left = [epoch for epoch in range(epochs) if not self.path(epoch).is_file()]
+        left = [epoch for epoch in range(epochs) if not self._whole(epoch, rows)]
         self._require_space(len(left) * rows)
         return left
 
@@ -117,6 +118,19 @@ class LabelStore:
             raise GuardbenchError(
                 f"{path}: not an index of labels; delete its folder and run again."
             ) from error
+
+    def _whole(self, epoch: int, rows: int) -> bool:
+        """Whether an epoch's file can be read and has the labels of `rows` views."""
+        try:
+            with safe_open(self.path(epoch), "pt") as stored:
+                names = [*stored.keys()]
+                shapes = {name: stored.get_slice(name).get_shape() for name in names}
+        except (OSError, SafetensorError):
+            return False
+        kept = self._kept
+        if kept is None:
+            return shapes == {"logits": [rows, self.classes]}
+        return shapes == {"top": [rows, kept], "classes": [rows, kept], "rest": [rows]}
 
     def _require_space(self, rows: int) -> None:
         needed, free = rows * self.row_bytes, shutil.disk_usage(self.folder).free

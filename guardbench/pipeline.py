@@ -243,9 +243,12 @@ def execute(plan: Plan) -> Finished:
     with explained(settings.output):
         with run.processes.local_first():
             train, test = prepare(plan)
-        if not plan.decoded:  # the stages' keys hold the images' digests, known only now
+        # The stages' keys hold the images' digests, known only now; where one process had to decode, all
+        # plan again, since planning speaks to the others.
+        if not all(run.processes.collect(plan.decoded)):
             plan = make_plan(settings, run.progress)
             run = plan.task.run
+        run.require_alike(train=train.digest, validation=test.digest)
         if settings.log_with:
             run.accelerator.init_trackers(f"{plan.method.name}-{protocol.id}-ipc{settings.ipc}")
         distilled = plan.distiller.distill(plan.task, train)

@@ -8,7 +8,7 @@ started alone is `main`, its part is everything, and nothing here costs it anyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 )
 from torch import Tensor
 
-from guardbench.errors import PeerError
+from guardbench.errors import GuardbenchError, PeerError
 
 T = TypeVar("T")
 _PIECE = 1 << 24  # numbers of a tensor that are sent at once
@@ -110,6 +110,24 @@ class Processes:
         if self.count == 1:
             return [found]
         return list(gather_object([send_to_device(found, "cpu")]))
+
+    def require_alike(self, facts: Mapping[str, str]) -> None:
+        """Refuses processes that differ in what shapes the result, which would lose or mix images.
+
+        Args:
+            facts: of this process, by name.
+
+        Raises:
+            GuardbenchError: names the first that differs, and how.
+        """
+        first, *others = self.collect(dict(facts))
+        for rank, found in enumerate(others, start=1):
+            for name, value in first.items():
+                if found[name] != value:
+                    raise (GuardbenchError if self.main else PeerError)(
+                        f"process {rank} has {name} {found[name]:.16}, and the first process {value:.16}; "
+                        "give all processes the same images, --precision and packages."
+                    )
 
     def from_main(self, work: Callable[[], T]) -> T:
         """What `work` gives to `main`, which alone does it; raises everywhere what it raises there."""

@@ -115,6 +115,21 @@ class Run:
             else:
                 tracker.log(named, step=step)
 
+    def require_alike(self, **images: str) -> None:
+        """Refuses processes that would work on other images, in another precision or by another version.
+
+        Args:
+            images: the digest of each split, by name.
+        """
+        self.processes.require_alike(
+            {
+                **{f"{name} images": digest for name, digest in images.items()},
+                "precision": self.precision,
+                "guardbench": guardbench.__version__,
+                "torch": torch.__version__,
+            }
+        )
+
     def stage(self, name: str, kind: str, words: Mapping[str, Any]) -> StageFolder:
         """The folder of a stage: `<workspace>/<kind>/<first 16 digits of its key>`.
 

@@ -30,13 +30,30 @@ from guardbench.attacks.build import build_attack
 from guardbench.attacks.mim import MIM
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.searched import SLACK, Precision, search_model
-from guardbench.attacks.stream import Journal, Tell, journaling, rows_at_once, telling
+from guardbench.attacks.stream import (
+    Journal,
+    Tell,
+    journaling,
+    remembering_what_fits,
+    rows_at_once,
+    telling,
+)
 from guardbench.canonical import derive_seed
-from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS, UNSTEADY, inspect, judge
+from guardbench.checks import (
+    CHECKS_VERSION,
+    COMPARED,
+    IMAGES,
+    RESTARTS,
+    UNSTEADY,
+    compared,
+    inspect,
+    judge,
+)
 from guardbench.commit import UNKNOWN
 from guardbench.devices import bf16_gains
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
+from guardbench.processes import Processes
 from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Engine, Outcome, SeedRun, StageCost
@@ -110,7 +127,7 @@ def plan_scoring(
         protocol.test.count / 3,
         fp32=True,
     )
-    words = {"stage": "checks", "version": CHECKS_VERSION, **on,
+    words = {"stage": "checks", "version": CHECKS_VERSION, **on, "images": protocol.test.count,
              "threat": protocol.threat.model_dump(), "seed": seed}  # fmt: skip
     checks = PlannedStage(
         run.stage(f"checks {seed}", "attacks", words),
@@ -235,6 +252,7 @@ class Costs:
             self.searched.add(stored["searched"])
 
 
+@remembering_what_fits()
 def score(
     run: Run,
     protocol: Protocol,
@@ -296,7 +314,10 @@ def taken_over(protocol: Protocol, spec: AttackSpec, engine: Engine) -> tuple[At
 def images_at_a_time(attack: Attack, x: Tensor) -> int:
     """Images between two checkpoints. `stream` fills its batch from all that it is given, so a few
     batches' worth keep it full; more would cost memory that grows with the number of images."""
-    return attack_batch(x.shape[-1]) if _run_by(attack) == "reference" else 4 * rows_at_once(x)
+    if _run_by(attack) == "reference":
+        return attack_batch(x.shape[-1])
+    whole = 4 * rows_at_once(x)
+    return whole if x.is_cuda else min(whole, 1024)
 
 
 def attack_batch(resolution: int) -> int:
@@ -305,13 +326,24 @@ def attack_batch(resolution: int) -> int:
     return 256 if resolution <= 64 else 64
 
 
+def part_of(index: Tensor, processes: Processes, size: int, *, whole: bool) -> Tensor:
+    """This process's images of the `size` times as many as there are processes in `index`.
+
+    Args:
+        whole: a batch as one process alone would have it, for the reference engine, which draws for a
+            batch; else every so manieth image, so that all have as many.
+    """
+    if whole:
+        return index[processes.rank * size : (processes.rank + 1) * size]
+    return index[processes.rank :: processes.count]
+
+
 def clean_verdicts(run: Run, model: nn.Module, x: Images, y: Tensor) -> Tensor:
     """Which images the model gets right, bool [N]; the processes of the run share them."""
     rows = torch.arange(len(x))[run.processes.share(len(x))]
     size = attack_batch(x.shape[-1])
     found = [
-        score_clean(model, x[part], y[part], batch_size=size)
-        for part in torch.split(rows, 16 * size)
+        score_clean(model, x[part], y[part], batch_size=size) for part in torch.split(rows, size)
     ]
     return torch.cat([right for part in run.processes.collect(found) for right in part])
 
@@ -351,6 +383,7 @@ def _inspect(
                         y[right].to(run.device),
                         protocol.threat.model,
                         seed=derive_seed(plan.seed, "checks"),
+                        compare=COMPARED.keys() - compared(protocol),
                     )
                 )
                 raised = [name for name, check in found.items() if check.flagged]
@@ -367,10 +400,6 @@ def _shown(bar: Stage, count: int, sure: int) -> Tell:
     return lambda share, alive: bar.within(
         share * count, f"{sure} robust, {alive} of {count} not yet broken"
     )
-
-
-def _never() -> bool:
-    return False
 
 
 def _attack(
@@ -404,32 +433,34 @@ def _attack(
     size = images_at_a_time(attack, x[:1].to(run.device))
     untouched = _run_by(attack) == "reference"
     state = folder.begin(run.device)
-    decided, streams, drawn = (
-        0,
-        [],
-        [],
-    )  # how many of those that are right have their verdict, in order
+    decided = 0  # how many of those that are right have their verdict, in order
     if state is not None and "decided" in state:
         decided, robust, distance = int(state["decided"]), state["robust"], state["distance"]
-        streams, drawn = state["streams"], state["drawn"] if state["streams"] else []
+    processes = run.processes
+    alone = processes.count == 1
+    # Of several processes, each is at another place of its own streams.
+    kept = (state or {}) if alone else folder.own()
+    goes_on = kept.get("decided") == decided and kept["streams"]
+    streams, drawn = (kept["streams"], kept["drawn"]) if goes_on else ([], [])
 
     def keep(decided: int, streams: list[dict[str, Any]]) -> None:
         state = {"decided": decided, "robust": robust, "distance": distance, "streams": streams}
         folder.checkpoint({**state, "drawn": drawn_so_far()})
 
+    def keep_own(decided: int, streams: list[dict[str, Any]]) -> None:
+        folder.checkpoint_own({"decided": decided, "streams": streams, "drawn": drawn_so_far()})
+
     named = derive_seed(plan.seed, "attack", spec.name)
     # Planned anew from the first undecided image: on another device a batch may be of another size.
     total = int(right.sum())
-    processes = run.processes
     batches = plan_batches(right & (right.cumsum(0) > decided), size * processes.count)
     with run.progress.stage(folder.name, count, "images", count - total + decided) as bar:
         for index in batches:
             rest = total - decided - len(index)
             sure = int(robust.sum()) - rest - len(index)
-            # Several processes keep no journal: each is at another place of its own streams.
-            due = folder.due if processes.count == 1 else _never
-            journal = Journal(due, partial(keep, decided), streams)
-            mine = index[processes.rank :: processes.count]
+            write = partial(keep if alone else keep_own, decided)
+            journal = Journal(folder.due if alone else folder.due_alone, write, streams)
+            mine = part_of(index, processes, size, whole=untouched)
             shown = _shown(bar, len(index), sure)
             with telling(shown), journaling(journal), seeded(named, drawn):
                 found = run_batch(

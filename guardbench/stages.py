@@ -69,6 +69,11 @@ class StageFolder:
         return self.path / "checkpoint.pt"
 
     @property
+    def own_path(self) -> Path:
+        """Where this process, of several, keeps what `checkpoint` cannot hold of all of them."""
+        return self.path / f"checkpoint-{self.processes.rank}-of-{self.processes.count}.pt"
+
+    @property
     def reused(self) -> bool:
         """Whether what it left is of an earlier run, or of another one at the same time."""
         return self.key not in self.made
@@ -153,7 +158,7 @@ class StageFolder:
         if not self.checkpoint_path.is_file():
             return None
         try:
-            return self._read_checkpoint()
+            return self._read(self.checkpoint_path)
         except ValueError as error:
             aside = self.checkpoint_path.with_suffix(".damaged")
             with explained(aside):
@@ -164,9 +169,9 @@ class StageFolder:
             )
             return None
 
-    def _read_checkpoint(self) -> tuple[float, dict[str, Any]]:
+    def _read(self, path: Path) -> tuple[float, dict[str, Any]]:
         try:
-            stored = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            stored = torch.load(path, map_location="cpu", weights_only=True)
             if stored["key"] != self.key:
                 raise ValueError("it belongs to another stage")
             return float(stored["seconds"]), dict(stored["state"])
@@ -188,14 +193,18 @@ class StageFolder:
         self._calls += 1
         if self._calls < self._ask_at:
             return False
-        elapsed = time.monotonic() - self._saved
-        old = interrupts.wanted() or elapsed > CHECKPOINT_EVERY_S * max(1.0, self._took)
+        old = self.due_alone()
         if self.processes.count > 1:
             # A message a step would slow down short ones, so the next is a second away.
             rate = int(self._calls / max(time.monotonic() - self._begun, 1e-3))
             old, rate = self.processes.from_main(lambda: (old, rate))
             self._ask_at = self._calls + max(1, rate)
         return old
+
+    def due_alone(self) -> bool:
+        """The same, by this process's own clock and signals; the others are not asked."""
+        elapsed = time.monotonic() - self._saved
+        return interrupts.wanted() or elapsed > CHECKPOINT_EVERY_S * max(1.0, self._took)
 
     def checkpoint(self, state: Mapping[str, Any], *, last: bool = True) -> None:
         """Writes tensors and plain values from which `begin` can go on; those of the first process.
@@ -206,13 +215,31 @@ class StageFolder:
         Raises:
             interrupts.Interrupted: a signal asked for the checkpoint, and it is written.
         """
+        self._write(self.checkpoint_path if self.processes.main else None, state, last=last)
+
+    def checkpoint_own(self, state: Mapping[str, Any]) -> None:
+        """Writes where this process alone stands, for `own` to find on as many processes.
+
+        Raises:
+            interrupts.Interrupted: as `checkpoint` does.
+        """
+        self._write(self.own_path, state, last=True)
+
+    def own(self) -> dict[str, Any]:
+        """What this process wrote last by `checkpoint_own`; empty where there is nothing to go on from."""
+        try:
+            return self._read(self.own_path)[1]
+        except ValueError:
+            return {}
+
+    def _write(self, path: Path | None, state: Mapping[str, Any], *, last: bool) -> None:
         begun = time.monotonic()
         # torch's writer in C++ is called back, and an error there is fatal.
         with interrupts.unbroken():
-            if self.processes.main:
+            if path is not None:
                 buffer = io.BytesIO()
                 torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
-                write_bytes(self.checkpoint_path, buffer.getvalue())
+                write_bytes(path, buffer.getvalue())
             if last:
                 interrupts.stop(f"{self.name} is saved")
         self._saved = time.monotonic()
@@ -241,6 +268,7 @@ class StageFolder:
             "device": self.processes.times(device_name(device)) if shared else device_name(device),
         }
         stored = self.processes.from_main(lambda: self._finish(files, cost, facts))
+        self.own_path.unlink(missing_ok=True)  # where the first process does not see it
         self.made.add(self.key)
         return stored
 
@@ -257,7 +285,8 @@ class StageFolder:
         }
         seal = canonical.digest(json.loads(canonical.dumps(stored)))
         write_text(self.path / "stage.json", canonical.dumps({**stored, "seal": seal}))
-        self.checkpoint_path.unlink(missing_ok=True)
+        for left in (self.checkpoint_path, *self.path.glob("checkpoint-*-of-*.pt")):
+            left.unlink(missing_ok=True)
         return stored
 
 

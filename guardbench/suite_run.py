@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from types import FrameType
 
@@ -86,7 +86,7 @@ class Runner:
         ) as self._process:  # fmt: skip
             assert self._process.stderr is not None
             for number in self._asked:  # while the process began
-                self._process.send_signal(number)
+                self._tell(number)
             for line in self._process.stderr:
                 sys.stderr.write(line)
                 last = line.strip() or last
@@ -98,14 +98,19 @@ class Runner:
             return Ended(128 - code, f"killed by {killed}; out of memory?")
         return Ended(code, last.removeprefix("error: ") if code else "")
 
+    def _tell(self, number: int) -> None:
+        """Passes a signal on to the cell, and to all that its launcher has started in its session."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(self._process.pid, number)
+
     @contextmanager
     def stopping(self) -> Iterator[None]:
         """Inside, SIGINT, SIGTERM and SIGHUP end the cell that runs in its own way, and no other begins."""
 
         def tell(number: int, _: FrameType | None) -> None:
             self._asked.append(number)
-            if self._process is not None:
-                self._process.send_signal(number)
+            self._tell(number)
 
         before = {each: signal.signal(each, tell) for each in _STOPS}
         try:

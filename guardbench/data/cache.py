@@ -192,9 +192,10 @@ class _Build:
             kept.append(line + "\n")
         self.finished = len(kept)
         self.journal.parent.mkdir(parents=True, exist_ok=True)
-        self.journal.unlink(missing_ok=True)
         if kept:
-            self._save(kept)
+            write_text(self.journal, "".join(kept))
+        else:
+            self.journal.unlink(missing_ok=True)
 
     def _name(self, shard: Shard) -> str:
         return canonical.digest([self.made_by, shard.fingerprint])

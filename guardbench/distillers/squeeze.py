@@ -58,6 +58,10 @@ def squeeze_folder(task: Task, params: Squeeze) -> StageFolder:
     for name in ("sync_bn", "accumulate"):
         if getattr(params, name) == Squeeze.model_fields[name].default:
             del shaping[name]
+    if (
+        not params.sync_bn and task.run.processes.count > 1
+    ):  # each BN layer sees a part of the batch
+        shaping["processes"] = task.run.processes.count
     words = {
         "stage": "squeeze",
         **task.words(),
@@ -192,11 +196,13 @@ def _batches(
     run, count = task.run, len(picked)
     boxes = draw_crops(count, task.resolution, params.crop_scale, generator)
     flips = draw_flips(count, generator) & params.flip
-    mine = run.processes.share(count)
     whole = run.processes.count == params.accumulate == 1
-    size, parts = mine.stop - mine.start, params.accumulate
-    for part in range(parts):  # as many on every process, whose BN layers wait for each other
-        rows = slice(mine.start + part * size // parts, mine.start + (part + 1) * size // parts)
+    parts = params.accumulate
+    # The same parts on any number of processes, whose BN layers see the whole of a part.
+    for part in range(parts):
+        first, last = part * count // parts, (part + 1) * count // parts
+        mine = run.processes.share(last - first)
+        rows = slice(first + mine.start, first + mine.stop)
         images = train.batch(picked[rows], run.device)
         yield Batch(
             model=model,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,7 +38,7 @@ from guardbench.distillers.squeeze import (
     squeeze,
     squeeze_folder,
 )
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
 from guardbench.models import Classifier, batch_norms
 from guardbench.protocol import CropScale
 from guardbench.records import LabelKind, Strict
@@ -153,7 +153,7 @@ def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledD
     groups = _groups(len(task.classes), task.ipc, params)
     state = folder.begin(run.device)
     # Chunks that are done lie in files of their own: neither memory nor a checkpoint holds all images.
-    parts, ready = run.processes.from_main(lambda: _ready(folder.path, groups))
+    parts, ready = run.processes.from_main(lambda: _ready(folder.path, groups, folder.say))
     chunks = _chunks(groups[ready:], params.images_a_batch * run.processes.count)
     if state is not None and state.get("groups") != [
         g.number for chunk in chunks[:1] for g in chunk
@@ -196,12 +196,22 @@ def _part(folder: Path, first: int) -> Path:
     return folder / f"recovered-{first:05d}.safetensors"
 
 
-def _ready(folder: Path, groups: list[_Group]) -> tuple[list[Path], int]:
-    """The files of the chunks that are done, and how many groups they hold; chunks may be of any size."""
-    parts, ready = [], 0
+def _ready(
+    folder: Path, groups: list[_Group], say: Callable[[str], None]
+) -> tuple[list[Path], int]:
+    """The files of the chunks that are done, and how many groups they hold; chunks may be of any size.
+
+    From the first that is damaged on, chunks are made anew.
+    """
+    parts: list[Path] = []
+    ready = 0
     while ready < len(groups) and (part := _part(folder, ready)).is_file():
-        with safe_open(part, "pt") as stored:
-            images = stored.get_slice("images").get_shape()[0]
+        try:
+            with safe_open(part, "pt") as stored:
+                images = stored.get_slice("images").get_shape()[0]
+        except SafetensorError as error:
+            say(f"{part}: unreadable ({brief(error)}); its images are recovered anew")
+            break
         parts.append(part)
         ready += images // len(groups[ready].labels)
     return parts, ready

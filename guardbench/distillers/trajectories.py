@@ -166,15 +166,14 @@ class _Trajectories:
         """See `Distiller.distill`."""
         params = read_params(task, Params)
         folder = _match_folder(task, params)
+        load = partial(load_distilled, folder.path / "distilled")
         if folder.finished() is not None:
-            return told_by_main(
-                task.run.processes, partial(load_distilled, folder.path / "distilled")
-            )
+            return told_by_main(task.run.processes, load)
         experts = train_experts(task, params.experts, train)
         with folder.claimed() as stored:
             if stored is None:
                 return _Matching(task, params, type(self).matcher, experts, train).run(folder)
-        return load_distilled(folder.path / "distilled")
+        return told_by_main(task.run.processes, load)
 
 
 class MTT(_Trajectories):

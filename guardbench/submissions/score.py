@@ -258,6 +258,7 @@ def execute_score(scoring: Scoring) -> Finished:
     warnings: list[str] = []
     with explained(settings.output):
         measured_indices(protocol, test, scoring.evaluating.sample)  # refused before the long part
+        run.require_alike(train=train.digest, validation=test.digest)
         distilled = _distilled(scoring)
         prepared = Costs()
         prepared.add(scoring.artifact)

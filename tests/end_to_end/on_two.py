@@ -1,5 +1,6 @@
 """Started twice by `torchrun`: what each process computes on its part, against the whole on its own."""
 
+import contextlib
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +17,11 @@ from guardbench.distilled import save_distilled, told_by_main
 from guardbench.models import build_model
 from guardbench.processes import Processes
 from guardbench.progress import Progress
+from guardbench.protocol import load_protocol
 from guardbench.regularisers.base import Batch, build_regulariser
 from guardbench.runtime import Run
+from guardbench.scoring import Costs, plan_scoring, score
+from guardbench.stages import StageFolder
 from guardbench.threat import ThreatModel
 
 REGULARISERS = (
@@ -80,6 +84,64 @@ def wait_for_a_lock(accelerator: Accelerator) -> None:
     assert len(told) > 5, told
 
 
+def attack_in_parts(accelerator: Accelerator) -> None:
+    """An attack that is stopped in the midst of its only batch goes on there, on each process for itself."""
+    protocol = load_protocol("digits")
+    pgd = next(spec for spec in protocol.attacks if spec.kind == "pgd")
+    protocol = protocol.model_copy(
+        update={
+            "attacks": (pgd,),
+            "test": protocol.test.model_copy(update={"count": 60, "sha256": None}),
+        }
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    x = torch.rand(60, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    found, passes, processes = [], [], Processes(accelerator)
+    for stopped in (False, True):
+        with TemporaryDirectory() as name:
+            folder = Path(processes.collect(name)[0])  # both see it
+            run = Run(accelerator=accelerator, workspace=folder, seed=0, progress=Progress())
+            plan = plan_scoring(
+                run, protocol, seed=0, position=0, subject="s", test_digest="d", engine="guardbench"
+            )
+            asked, due, keep = [], StageFolder.due_alone, StageFolder.checkpoint_own
+            handle = model.register_forward_hook(lambda *_: asked.append(1))  # noqa: B023
+            if stopped:
+                calls = iter(range(10_000))
+
+                def in_the_midst(folder: StageFolder) -> bool:
+                    return folder.name.startswith("pgd100") and next(calls) > 25  # noqa: B023
+
+                def dies(folder: StageFolder, state) -> None:
+                    keep(folder, state)  # noqa: B023
+                    raise Killed
+
+                StageFolder.due_alone, StageFolder.checkpoint_own = in_the_midst, dies
+                with contextlib.suppress(Killed):
+                    score(run, protocol, plan, model, x, y, Costs())
+                StageFolder.due_alone, StageFolder.checkpoint_own = due, keep
+                stage = plan.attacks[0].folder
+                assert stage.own()["streams"], "it was in the midst"
+                assert not stage.checkpoint_path.exists()
+            done = score(run, protocol, plan, model, x, y, Costs())
+            handle.remove()
+            found.append(done.attacks["pgd100"].flags())
+            passes.append(len(asked))
+            processes.collect(None)  # before the folder goes
+            left = [*folder.rglob("checkpoint*")]
+            assert not left, left
+    assert found[0] == found[1]
+    assert 5 < sum(found[0]) < 55, "else every verdict is the same"
+    assert passes[1] < passes[0] + 20, "what was done was not done again"
+
+
+class Killed(BaseException):
+    """In the midst of an attack."""
+
+
 def tell_a_distilled_set(processes: Processes) -> None:
     """What the first process has, with labels or with a teacher, the second has as well."""
     for labelled in (False, True):
@@ -122,6 +184,8 @@ def main() -> None:
                 assert off < most, (words["kind"], images, name, off)
     print("regularisers: the same on two")
     tell_a_distilled_set(processes)
+    attack_in_parts(accelerator)
+    print("attacks: on from their midst")
     wait_for_a_lock(accelerator)
     print("waited for a stage that another run was at")
     accelerator.end_training()

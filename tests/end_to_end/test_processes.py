@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command import clean_environment, guardbench, quick_protocol
+from PIL import Image
 from safetensors.torch import load_file
 
+from guardbench.data.catalog import dataset_info
+from guardbench.protocol import _folder
 from guardbench.record_files import load_record
 from guardbench.records import ResultRecord
 
@@ -68,6 +72,7 @@ def test_parts_add_up_to_the_whole() -> None:
     result = on_two(TORCHRUN, str(Path(__file__).with_name("on_two.py")), cwd=Path.cwd())
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("the same on two") == 2
+    assert result.stdout.count("on from their midst") == 2
     assert result.stdout.count("waited") == 2
 
 
@@ -97,22 +102,90 @@ def test_two_processes_make_the_record_of_one(alone: Path) -> None:
     assert files[0] == files[1], "nothing more and nothing less is written"
 
 
-def test_a_process_that_dies_is_told_and_the_run_goes_on_without_it(alone: Path) -> None:
+def two_peers(cwd: Path, *words: str, **more: tuple[str, str]) -> list[subprocess.Popen[str]]:
+    """Two processes of one run, started by hand; `more` is their environment, a value for each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    peers = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-m", "guardbench", *WORDS, "--output", "three"],
-            cwd=alone,
+            [sys.executable, "-m", "guardbench", *words],
+            cwd=cwd,
             env=environment(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true",
+                **{name: values[rank] for name, values in more.items()},
             ),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip
+
+
+def small_imagenette(folder: Path, *, fewer: int = 0) -> None:
+    """Four training and two validation images a class, of noise; `fewer` are left out of the first."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for number, name in enumerate(dataset_info("imagenette").classes):
+            place = folder / "imagenette" / split / name
+            place.mkdir(parents=True)
+            for image in range(count - (fewer if split == "train" and not number else 0)):
+                pixels = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{image}.png")
+
+
+def test_processes_of_other_caches_go_on_together_and_of_other_images_are_refused(tmp_path) -> None:
+    """A node that was replaced has decoded nothing yet, and may have another copy of the images."""
+    small_imagenette(tmp_path / "whole")
+    small_imagenette(tmp_path / "part", fewer=1)
+    text = (_folder() / "imagenette-64.toml").read_text().partition("[[attacks]]")[0]
+    for old, new in {
+        'id = "imagenette-64"': 'id = "tiny"', "seeds = [0, 1, 2]": "seeds = [0]",
+        "epochs = 300": "epochs = 1", "count = 1000": "count = 20", 'sha256 = "': '# sha256 = "',
+        'rank_by = "autoattack"': 'rank_by = "fgsm"', 'arch = "resnet18"': 'arch = "convnet-d3-bn-small"',
+    }.items():  # fmt: skip
+        assert old in text, old
+        text = text.replace(old, new)
+    (tmp_path / "tiny.toml").write_text(text + '[[attacks]]\nname = "fgsm"\nkind = "fgsm"\n')
+    settings = ("squeeze.epochs=1", "squeeze.arch=convnet-d3-bn-small", "recover.iterations=1",
+                "squeeze.batch_size=10")  # fmt: skip
+    words = [
+        "run",
+        "--method",
+        "sre2l",
+        "--protocol",
+        "tiny.toml",
+        "--ipc",
+        "1",
+        "--precision",
+        "fp32",
+    ]
+    words += [word for each in settings for word in ("--set", each)]
+    warm, cold = str(tmp_path / "warm"), str(tmp_path / "cold")
+    alone = guardbench(
+        *words, "--output", "a", "--data-dir", "whole", cwd=tmp_path, GUARDBENCH_CACHE=warm
+    )
+    assert alone.returncode == 0, alone.stderr
+    peers = two_peers(
+        tmp_path, *words, "--output", "b",
+        GUARDBENCH_CACHE=(warm, cold), GUARDBENCH_DATA=("whole", "whole"),
+    )  # fmt: skip
+    said = [peer.communicate(timeout=120) for peer in peers]
+    assert [peer.returncode for peer in peers] == [0, 0], said
+    assert list((tmp_path / "b").rglob("records/tiny/ipc1/*.json"))
+    peers = two_peers(
+        tmp_path, *words, "--output", "c",
+        GUARDBENCH_CACHE=(warm, cold), GUARDBENCH_DATA=("whole", "part"),
+    )  # fmt: skip
+    said = [peer.communicate(timeout=120) for peer in peers]
+    assert [peer.returncode for peer in peers] == [2, 2], said
+    assert "process 1 has train images" in said[0][1]
+    assert said[0][1].splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in said[0][1] + said[1][1]
+
+
+def test_a_process_that_dies_is_told_and_the_run_goes_on_without_it(alone: Path) -> None:
+    peers = two_peers(alone, *WORDS, "--output", "three")
     teachers = alone / "three" / "teachers"
     deadline = time.monotonic() + 120
     while not list(teachers.glob("*/stage.json")) and time.monotonic() < deadline:

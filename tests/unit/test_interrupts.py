@@ -105,8 +105,24 @@ def test_a_second_signal_leaves_at_once() -> None:
         signal.SIGTERM, signal.SIGINT, pause=0.3,
     )  # fmt: skip
     assert (code, out) == (130, "")
+    # The first once more is another request when it is not of the same moment.
+    again = ended(
+        "interrupts.GRACE_S = 50\nwith heard(), inside_stage('a'), unbroken():\n ready()\n sleep(30)\n",
+        signal.SIGTERM, signal.SIGTERM, pause=0.8,
+    )  # fmt: skip
+    assert (again[0], again[2]) == (143, "left at once; run the same command again\n")
     assert said == "left at once; run the same command again\n"
     assert seconds < 5
+
+
+def test_one_request_that_comes_by_two_ways_is_one() -> None:
+    """From the scheduler to all of a job, and once more from the launcher that it stops."""
+    code, out, said, _ = ended(
+        "with heard(), inside_stage('a'):\n ready()\n sleep(0.7)\n print('saved')\n stop('a is saved')\n",
+        signal.SIGTERM, signal.SIGTERM, pause=0.1,
+    )  # fmt: skip
+    assert (code, out) == (143, "saved\n")
+    assert said.startswith("interrupted; a is saved")
 
 
 def test_an_interrupt_that_a_library_swallows_comes_again() -> None:

@@ -2,10 +2,15 @@
 
 from types import SimpleNamespace
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guardbench.attacks.base import plan_batches
+from guardbench.errors import GuardbenchError, PeerError
 from guardbench.processes import Processes
+from guardbench.scoring import part_of
 
 
 def of(rank: int, count: int) -> Processes:
@@ -18,3 +23,37 @@ def test_shares_are_everything_in_order_and_even(rows: int, count: int) -> None:
     assert [row for share in shares for row in share] == list(range(rows))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert not rows or shares[0], "the process that speaks has work when any has"
+
+
+FACTS = {"train images": "a" * 64, "precision": "bf16"}
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("name", FACTS)
+def test_processes_that_differ_are_refused_on_all(monkeypatch, rank: int, name: str) -> None:
+    processes = of(rank, 3)
+    others = [FACTS, FACTS, {**FACTS, name: "b" * 64}]
+    monkeypatch.setattr(processes, "collect", lambda _: [FACTS, FACTS, FACTS])
+    processes.require_alike(FACTS)
+    monkeypatch.setattr(processes, "collect", lambda _: others)
+    with pytest.raises(
+        GuardbenchError, match=f"process 2 has {name} b{{16}}, and the first process"
+    ) as told:
+        processes.require_alike(others[rank])
+    assert isinstance(told.value, PeerError) == (rank > 0), "the first one alone speaks"
+
+
+def test_the_reference_engine_gets_the_batches_of_one_process() -> None:
+    """pyautoattack draws for a whole batch, so its verdicts hang on who is in it."""
+    met = {}
+    for count in (1, 3):
+        for rank in range(count):
+            processes = of(rank, count)
+            size = 4
+            for index in plan_batches(torch.arange(22) % 5 > 0, size * count):
+                mine = part_of(index, processes, size, whole=True)
+                met.setdefault(count, set()).update([tuple(mine.tolist())] if len(mine) else [])
+    assert met[1] == met[3]
+    every = [part_of(torch.arange(11), of(rank, 3), 4, whole=False) for rank in range(3)]
+    assert sorted(torch.cat(every).tolist()) == list(range(11))
+    assert max(map(len, every)) - min(map(len, every)) <= 1, "as even as can be"

@@ -1,6 +1,7 @@
 """Squeeze and recover: the BN term against a plain reference, and all images at once against one by one."""
 
 import dataclasses
+import itertools
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from guardbench.data.dataset import load_split
 from guardbench.distilled import load_distilled
 from guardbench.distillers import sre2l
 from guardbench.distillers.base import Task
-from guardbench.distillers.squeeze import Squeeze, _backward, _batches, squeeze
+from guardbench.distillers.squeeze import Squeeze, _backward, _batches, squeeze, squeeze_folder
 from guardbench.distillers.sre2l import (
     Recover,
     SRe2L,
@@ -337,7 +338,7 @@ def test_every_process_takes_a_step_in_as_many_parts(tmp_path, count: int, parts
     task, train = make_task(tmp_path), load_digits()
     model = build_model("convnet-d3-bn-small", channels=1, classes=10, resolution=8, seed=1)
     params = Squeeze.model_validate({**task.recipe.params["squeeze"], "accumulate": parts})
-    picked, seen = torch.arange(64), []
+    picked, seen = torch.arange(64), [[] for _ in range(parts)]
     for rank in range(count):
         task.run.__dict__["processes"] = Processes(
             SimpleNamespace(process_index=rank, num_processes=count)
@@ -346,13 +347,44 @@ def test_every_process_takes_a_step_in_as_many_parts(tmp_path, count: int, parts
         batches = list(_batches(task, train, model, params, picked, generator, 1.0))
         assert len(batches) == parts
         assert all(len(batch.images) for batch in batches)
-        seen += [label for batch in batches for label in batch.labels.tolist()]
-    assert seen == train.labels[picked].tolist()
+        for part, batch in zip(seen, batches, strict=True):
+            part += batch.labels.tolist()
+    # A part holds what it holds on one process, in order.
+    ends = [number * 64 // parts for number in range(parts + 1)]
+    wanted = [train.labels[picked[a:b]].tolist() for a, b in itertools.pairwise(ends)]
+    assert seen == wanted
+
+
+def test_a_teacher_of_split_batch_statistics_is_not_that_of_one_process(tmp_path) -> None:
+    task, keys = make_task(tmp_path), {}
+    for synced in (True, False):
+        words = {**task.recipe.params["squeeze"], "sync_bn": synced}
+        params = Squeeze.model_validate(words)
+        for count in (1, 4):
+            task.run.__dict__["processes"] = Processes(
+                SimpleNamespace(process_index=0, num_processes=count)
+            )
+            keys[synced, count] = squeeze_folder(task, params).key
+    assert keys[True, 1] == keys[True, 4]
+    assert len(set(keys.values())) == 3
 
 
 def test_recovered_chunks_are_found_again_whatever_their_size(tmp_path) -> None:
     groups = _groups(10, 5, Recover(iterations=1, lr=0.1, r_bn=1.0, jitter=0))
     write_bytes(_part(tmp_path, 0), save({"images": torch.zeros(20, 1, 2, 2)}))
-    assert _ready(tmp_path, groups) == ([_part(tmp_path, 0)], 2)
+    assert _ready(tmp_path, groups, print) == ([_part(tmp_path, 0)], 2)
     write_bytes(_part(tmp_path, 2), save({"images": torch.zeros(30, 1, 2, 2)}))
-    assert _ready(tmp_path, groups)[1] == 5, "a chunk of a run with more processes"
+    assert _ready(tmp_path, groups, print)[1] == 5, "a chunk of a run with more processes"
+
+
+def test_a_damaged_chunk_is_recovered_anew_and_told(tmp_path) -> None:
+    groups = _groups(10, 3, Recover(iterations=1, lr=0.1, r_bn=1.0, jitter=0))
+    for first in range(3):
+        write_bytes(_part(tmp_path, first), save({"images": torch.zeros(10, 1, 2, 2)}))
+    whole = _part(tmp_path, 1).read_bytes()
+    for damaged in (b"", b"rubbish", whole[:-7]):
+        said = []
+        _part(tmp_path, 1).write_bytes(damaged)
+        assert _ready(tmp_path, groups, said.append) == ([_part(tmp_path, 0)], 1)
+        assert len(said) == 1
+        assert "recovered-00001.safetensors: unreadable" in said[0]

@@ -116,6 +116,26 @@ def test_the_top_k_keep_their_probabilities_and_the_others_share_what_is_left(tm
     assert whole.read(0, whole.digests()[0]).equal(logits.half()), "k of K is all of them"
 
 
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_damaged_file_of_an_unfinished_relabel_is_written_again(tmp_path, top_k) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(20, 10)
+    store = LabelStore(tmp_path, classes=10, top_k=top_k)
+    for epoch in range(5):
+        store.write(epoch, logits)
+    assert store.left(6, 20) == [5]
+    whole = store.path(1).read_bytes()
+    store.path(1).write_bytes(whole[:-3])
+    store.path(2).write_bytes(b"rubbish")
+    store.write(3, logits[:19])
+    store.path(4).write_bytes(b"")
+    assert store.left(6, 20) == [1, 2, 3, 4, 5]
+    store.write(1, logits)
+    assert store.path(1).read_bytes() == whole
+    other = LabelStore(tmp_path, classes=10, top_k=None if top_k else 5)
+    assert 0 in other.left(1, 20), "the labels of another store are not taken for these"
+
+
 def test_a_protocol_with_top_k_is_another_and_one_without_is_as_it_was(tmp_path) -> None:
     run, plain, few = make_run(tmp_path), make_student(), make_student(label_top_k=3)
     assert "label_top_k" not in plain.words()
