@@ -103,6 +103,11 @@ def _refuse_another(prepared: Prepared) -> None:
         theirs = theirs.model_copy(
             update={"weights_sha256": ours.weights_sha256, "parameters": ours.parameters}
         )
+    if before.protocol_sha256 != prepared.protocol.digest:
+        raise GuardbenchError(
+            f"{path}: was measured under another protocol of the name {before.protocol}; say --name, or "
+            "delete it."
+        )
     if theirs != ours:
         raise GuardbenchError(
             f"{path}: holds another classifier of that name ({before.classifier.arch}); say --name, or "
@@ -129,6 +134,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
                 progress=run.progress,
                 per_class=1,
             )
+        run.require_alike(validation=test.digest)
         order = measured_indices(protocol, test, sample)
         x, y = test.select(order), test.labels[order]
         model = prepared.imported.model

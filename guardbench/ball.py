@@ -58,6 +58,9 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """
     if norm == "linf":
         return gradient.sign()
+    gradient = (
+        gradient.nan_to_num()
+    )  # as l-inf has it: no step from a NaN, the longest from an infinity
     largest = length(gradient, "linf")
     scaled = gradient / per_image(torch.where(largest > 0, largest, 1), gradient)
     return scaled / per_image(length(scaled, "l2").clamp_min(1e-12), gradient)

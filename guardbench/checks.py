@@ -9,6 +9,7 @@ classifier gets right, and flags it beyond a limit; a flag is a reason to look, 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from fractions import Fraction
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guardbench.attacks.apgd import APGD
-from guardbench.attacks.base import LOGIT_NOISE, frozen
+from guardbench.attacks.base import LOGIT_NOISE, Attack, frozen
+from guardbench.attacks.fgsm import FGSM
 from guardbench.attacks.pgd import PGD
+from guardbench.attacks.square import Square
 from guardbench.attacks.stream import Fitting, gradient_of
 from guardbench.errors import GuardbenchError
 from guardbench.meaning import MEANING
@@ -38,8 +41,20 @@ MULTI_STEP = ("pgd", "mim", "apgd", "vmifgsm", "jitter")
 WHITE_BOX = (*SINGLE_STEP, *MULTI_STEP, "fab", "deepfool")
 
 
+COMPARED = {"black-box": (BLACK_BOX, WHITE_BOX), "single-step": (SINGLE_STEP, MULTI_STEP)}
+"""By the check's name, the kinds of attack that should break less, and those that should break more."""
+QUERIES = 500
+"""Of Square, where a protocol has no black-box column."""
+
+
 def inspect(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, seed: int
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    seed: int,
+    compare: Collection[str] = (),
 ) -> dict[str, Check]:
     """The checks that ask the model.
 
@@ -48,6 +63,8 @@ def inspect(
         x, y: images [n, C, H, W] in [0, 1] that it gets right, on its device; at most 64 are used.
         threat: the ball of the protocol, l-inf or l2; in l1 only the first four checks are made.
         seed: of the random starts.
+        compare: names in `COMPARED` for which the protocol has no columns, so that PGD-20 with ten
+            restarts is compared here: with Square (500 queries) and with FGSM.
 
     Returns:
         Check by name, shares of the images used. Empty when the model gets no image right.
@@ -76,8 +93,21 @@ def inspect(
         everything = ThreatModel("linf", Fraction(1))
         survive = ~_fooled(model, APGD(threat=everything, steps=50), x, y, seed)
         found["unbounded"] = _check(survive, 1 / logits.shape[1])
-        found["restarts"] = _check(_gained(model, x, y, threat, seed), 0.1)
+        once, often = _by_pgd(model, x, y, threat, seed)
+        found["restarts"] = _check(often & ~once, 0.1)
+        if "single-step" in compare:
+            weak = _fooled(model, FGSM(threat=threat), x, y, seed)
+            found["single-step"] = _lead(weak, often)
+        if "black-box" in compare and threat.norm == "linf":
+            weak = _fooled(model, Square(threat=threat, queries=QUERIES), x, y, seed)
+            found["black-box"] = _lead(weak, often)
     return found
+
+
+def compared(protocol: Protocol) -> set[str]:
+    """The checks in `COMPARED` for which the protocol has columns of both kinds; `judge` makes them."""
+    kinds = {spec.kind for spec in protocol.attacks}
+    return {name for name, pair in COMPARED.items() if all(kinds & {*some} for some in pair)}
 
 
 def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
@@ -89,9 +119,8 @@ def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
     difference that a fair coin for each image on which the two differ gives in all but 1% of cases.
     """
     kinds = {spec.name: spec.kind for spec in protocol.attacks}
-    pairs = {"black-box": (BLACK_BOX, WHITE_BOX), "single-step": (SINGLE_STEP, MULTI_STEP)}
     found = {}
-    for name, (weak, strong) in pairs.items():
+    for name, (weak, strong) in COMPARED.items():
         weaker = [attack for attack in seed.attacks if kinds[attack] in weak]
         stronger = [attack for attack in seed.attacks if kinds[attack] in strong]
         if weaker and stronger:
@@ -147,7 +176,7 @@ def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor, fitting: Fitting) ->
     return (gradient.flatten(1) == 0).all(1) | ~gradient.flatten(1).isfinite().all(1)
 
 
-def _fooled(model: nn.Module, attack: APGD | PGD, x: Tensor, y: Tensor, seed: int) -> Tensor:
+def _fooled(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, seed: int) -> Tensor:
     found = attack.perturb(model, x, y, seed=seed)
     with torch.no_grad():
         (logits,) = Fitting()(lambda some: (model(some),), found)
@@ -155,8 +184,10 @@ def _fooled(model: nn.Module, attack: APGD | PGD, x: Tensor, y: Tensor, seed: in
     return wrong
 
 
-def _gained(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
-    """Images that PGD-20 breaks with ten random starts and not with the first alone, bool [n]."""
+def _by_pgd(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Images that PGD-20 breaks from its first random start, and from any of ten, bool [n] each."""
 
     def pgd(restarts: int) -> PGD:
         return PGD(threat=threat, steps=20, step=threat.eps / 8, restarts=restarts)
@@ -166,7 +197,12 @@ def _gained(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: i
     rest = (~once).nonzero().squeeze(1)
     if len(rest):
         often[rest] = _fooled(model, pgd(RESTARTS), x[rest], y[rest], seed)
-    return often & ~once
+    return once, often
+
+
+def _lead(weaker: Tensor, stronger: Tensor) -> Check:
+    """By how much more the weaker kind breaks, from the images that each breaks, bool [n]."""
+    return _compared(int((weaker & ~stronger).sum()), int((stronger & ~weaker).sum()), len(weaker))
 
 
 def _milder(seed: SeedRun, weaker: list[str], stronger: list[str]) -> Check | None:
@@ -183,7 +219,11 @@ def _milder(seed: SeedRun, weaker: list[str], stronger: list[str]) -> Check | No
 
     pairs = list(zip(survivors(weaker), survivors(stronger), strict=True))
     milder, harsher = pairs.count((False, True)), pairs.count((True, False))
-    images = end - first
+    return _compared(milder, harsher, end - first)
+
+
+def _compared(milder: int, harsher: int, images: int) -> Check:
+    """A check from how many images the stronger kind spared and the weaker broke, and the reverse."""
     limit = _by_chance(milder + harsher) / images
     return Check(value=(milder - harsher) / images, limit=limit, images=images)
 

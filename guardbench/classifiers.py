@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from guardbench import canonical
 from guardbench.attacks.robustbench import zoo_model
+from guardbench.attacks.stream import Fitting, rows_at_once
 from guardbench.data.catalog import dataset_info
 from guardbench.data.files import cache_root
 from guardbench.errors import GuardbenchError, brief
@@ -89,30 +90,38 @@ def open_classifier(
         assert source.python is not None
         imported = from_python(source.python, name=_name(source.name or source.python))
     imported.model.to(device)
-    grey = torch.full((2, info.channels, protocol.resolution, protocol.resolution), 0.5)
-    _probe(imported, grey.to(device), info.num_classes)
+    grey = torch.full((1, info.channels, protocol.resolution, protocol.resolution), 0.5)
+    # One image, as when a single one is left, and as many as an attack may ask about at once.
+    for count in (1, 2, rows_at_once(grey.to(device))):
+        _probe(imported, grey.expand(count, -1, -1, -1).to(device), info.num_classes)
     return imported
 
 
 def _probe(imported: Imported, images: Tensor, classes: int) -> None:
-    point = images.clone().requires_grad_()
-    try:
+    def ask(some: Tensor) -> tuple[Tensor]:
+        point = some.clone().requires_grad_()
         with torch.no_grad():
-            shape = list(imported.model(images.clone()).shape)
+            shapes.append((len(some), list(imported.model(some.clone()).shape)))
         answers = imported.model(point)
         if answers.requires_grad:  # those that have no gradient are flagged by the checks
             torch.autograd.grad(answers.sum(), point, allow_unused=True)
+        return (some,)
+
+    shapes: list[tuple[int, list[int]]] = []
+    try:
+        Fitting()(ask, images)
     # Broad on purpose: this is a stranger's model, and any error of it is theirs to hear of.
     except Exception as error:
         raise GuardbenchError(
             f"{imported.described.arch}: cannot answer images {list(images.shape)} of this protocol: "
             f"{type(error).__name__}: {brief(error)}."
         ) from error
-    if shape != [len(images), classes]:
-        raise GuardbenchError(
-            f"{imported.described.arch}: must answer logits {[len(images), classes]} for "
-            f"{len(images)} images of {classes} classes, not {shape}."
-        )
+    for count, shape in shapes:
+        if shape != [count, classes]:
+            raise GuardbenchError(
+                f"{imported.described.arch}: must answer logits {[count, classes]} for {count} "
+                f"images of {classes} classes, not {shape}."
+            )
 
 
 def fingerprint(imported: Imported, x: Tensor, y: Tensor, device: torch.device) -> str:

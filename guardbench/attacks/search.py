@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +32,23 @@ def clean_start(x: Tensor, y: Tensor, job: Tensor) -> Rows:  # noqa: ARG001
     return {"point": x}
 
 
+_STEADY: ContextVar[bool] = ContextVar("steady", default=True)
+
+
+@contextmanager
+def answering_at_random() -> Iterator[None]:
+    """Inside, searches judge their last iterate alone: the model answers one image in several ways.
+
+    An earlier one that it got wrong once, at a small perturbation, is a lucky draw, and a search that
+    ended there would make the model look robust.
+    """
+    token = _STEADY.set(False)
+    try:
+        yield
+    finally:
+        _STEADY.reset(token)
+
+
 def _same(point: Tensor) -> Tensor:
     return point
 
@@ -50,7 +69,8 @@ def search(
     """Takes `steps` updates from `start`; every image leaves at its first misclassified iterate.
 
     The verdict is thus the worst over the whole path, start and last iterate included: never
-    better for the model than reading the last iterate alone. The forward pass that gives the
+    better for the model than reading the last iterate alone, if it answers one image in one way (see
+    `answering_at_random`). The forward pass that gives the
     gradient also gives the verdict, and `stream` puts another image in the place of a broken one.
 
     Args:
@@ -72,7 +92,7 @@ def search(
     Raises:
         GuardbenchError: no gradient reaches the image.
     """
-    found = _Search(start, update, steps, objective, image, leave)
+    found = _Search(start, update, steps, objective, image, leave, _STEADY.get())
     return stream(found, model, x, y, jobs=jobs, ends=True)
 
 
@@ -86,6 +106,7 @@ class _Search:
     objective: Callable[[Tensor, Rows], Tensor]
     image: Callable[[Tensor], Tensor]
     leave: bool
+    steady: bool
 
     @property
     def longest(self) -> int:
@@ -108,7 +129,7 @@ class _Search:
             value = self.objective(logits, rows | {"adv": adv})
         gradient, rows["adv"] = gradient_of(value, point), adv.detach()
         wrong = logits.detach().argmax(1) != rows["y"]
-        hit = wrong if self.leave else over
+        hit = (wrong if self.steady else wrong & over) if self.leave else over
         on = ~(hit | over)
         with torch.no_grad():
             if on.all():

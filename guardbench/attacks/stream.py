@@ -173,6 +173,19 @@ class Fitting:
                 torch.cuda.empty_cache()
 
 
+_FITS: ContextVar[dict[Any, int] | None] = ContextVar("fits", default=None)
+
+
+@contextmanager
+def remembering_what_fits() -> Iterator[None]:
+    """Inside, on one model, a stream begins with as many rows as an earlier one of its kind could keep."""
+    token = _FITS.set({})
+    try:
+        yield
+    finally:
+        _FITS.reset(token)
+
+
 class Search(Protocol):
     """One search of an image, advanced for many rows at once by one forward pass or a few."""
 
@@ -243,7 +256,9 @@ def stream(
     moved = broken.clone()  # whose place in `found` holds another image
     rows: Rows = {}
     ahead = 0
-    teller, fitting, journal = Teller(), Fitting(), _JOURNAL.get()
+    kind, fits = (type(search), x.shape[1:], x.device), _FITS.get()
+    fitting = Fitting((fits or {}).get(kind))
+    teller, journal = Teller(), _JOURNAL.get()
     if journal is not None and (state := journal.begin(_told_apart(search, jobs, x, y))):
         ahead, broken = int(state["ahead"]), state["broken"].to(x.device, copy=True)
         moved = state["moved"].to(x.device, copy=True)
@@ -270,6 +285,8 @@ def stream(
             return found
         names = [*rows]
         hit, over, *values = fitting(partial(_advanced, search, model, names), *rows.values())
+        if fits is not None and fitting.most is not None:
+            fits[kind] = fitting.most
         rows = dict(zip(names, values, strict=True))
         rows["age"] = rows["age"] + 1
         _put(found, moved, rows, hit)

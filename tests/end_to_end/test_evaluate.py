@@ -274,6 +274,19 @@ def test_another_classifier_of_the_same_name_is_not_overwritten(evaluated) -> No
     assert "holds another classifier of that name (linear:network); say --name" in result.stderr
 
 
+def test_a_protocol_that_changed_under_its_name_does_not_replace_a_record(evaluated) -> None:
+    folder, _ = evaluated
+    before = (folder / "quick.toml").read_text()
+    changed = before.replace("count = 90", "count = 80")
+    assert changed != before
+    (folder / "changed.toml").write_text(changed)
+    words = "evaluate", "--protocol", "changed.toml", "--python", "linear:network"
+    result = guardbench(*words, "--name", "lr", cwd=folder)
+    assert result.returncode == 2
+    assert "was measured under another protocol of the name quick; say --name" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_the_record_of_a_classifier_has_no_place_on_a_board(evaluated) -> None:
     folder, _ = evaluated
     with pytest.raises(GuardbenchError, match="record of a classifier"):

@@ -375,6 +375,14 @@ def test_steps_survive_gradients_too_small_to_square():
     tiny = torch.full((1, 1, 2, 2), 1e-30)
     assert steepest(tiny, "l2").allclose(torch.full((1, 1, 2, 2), 0.5))
     assert torch.equal(steepest(tiny * 0, "l2"), tiny * 0)
+    broken = torch.tensor(
+        [[[[3.0, torch.nan], [0.0, 4.0]]], [[[torch.inf, 1.0], [0.0, -torch.inf]]]]
+    )
+    for norm in ("linf", "l2"):
+        step = steepest(broken, norm)
+        assert step.isfinite().all()
+        assert step[0, 0, 0, 1] == 0, "no step from a NaN"
+        assert step[1, 0, 0, 0] > 0 > step[1, 0, 1, 1]
 
 
 class Detached(nn.Module):

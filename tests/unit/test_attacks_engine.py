@@ -32,7 +32,7 @@ from guardbench.attacks.mim import MIM
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.spsa import SPSA
 from guardbench.attacks.square import Square, square_side
-from guardbench.attacks.stream import rows_at_once, stream
+from guardbench.attacks.stream import remembering_what_fits, rows_at_once, stream
 from guardbench.attacks.targets import ranked_targets
 from guardbench.attacks.vmifgsm import VMIFGSM
 from guardbench.ball import content_generator, length, random_start
@@ -954,3 +954,19 @@ def test_as_strong_as_pyautoattack_part_by_part(digits):
     assert all(18 <= theirs <= 42 for _, theirs in counts.values()), counts
     assert all(own - theirs <= 2 for own, theirs in counts.values()), counts
     assert all(theirs - own <= 2 for n, (own, theirs) in counts.items() if n != "square"), counts
+
+
+def test_what_fits_is_remembered_from_one_stream_to_the_next():
+    model, x, y = precise_case(20)
+    attack = APGD(threat=NEAR, steps=4)
+    sizes = []
+    for _ in range(2):
+        small = Small(model, 3).eval()
+        with remembering_what_fits():
+            for part in torch.arange(20).split(10):
+                attack.perturb(small, x[part], y[part], seed=0)
+        sizes.append([size for size in small.sizes if size > 3])
+    assert sizes[0] == sizes[1], "of another model nothing is known"
+    once = Small(model, 3).eval()
+    attack.perturb(once, x[:10], y[:10], seed=0)
+    assert sizes[0] == [size for size in once.sizes if size > 3], "the second stream tried none"

@@ -7,10 +7,12 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from guardbench.attacks.base import run_verified
+from guardbench.attacks.base import run_batch, run_verified
 from guardbench.attacks.build import build_attack
-from guardbench.checks import IMAGES, MEANING, flags, inspect, judge
+from guardbench.attacks.pgd import PGD
+from guardbench.checks import COMPARED, IMAGES, MEANING, compared, flags, inspect, judge
 from guardbench.protocol import AttackSpec, load_protocol
 from guardbench.records import Check, Outcome, SeedRun
 from guardbench.threat import ThreatModel
@@ -259,3 +261,45 @@ def test_a_flag_names_its_worst_seed_in_one_line() -> None:
         "zero-gradients: no gradient of the loss reaches the image (75.0% of 64 images, 2 of 3 seeds)"
     )
     assert flags((run(0, 0.01), base)) == ()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 2.0])
+def test_a_random_model_is_not_spared_by_searches_that_end_at_a_lucky_draw(honest, noise) -> None:
+    """Read at its last iterate, as a plain loop reads it, and by the same two scorings."""
+    model, x, y = honest
+    noisy = Wrapped(model, after=lambda z: z + noise * torch.randn_like(z)).eval()
+    threat, steps = ThreatModel("linf", Fraction(1, 5)), 20
+    eps, step = float(threat.eps), float(threat.eps) / 8
+    attack = PGD(threat=threat, steps=steps, step=threat.eps / 8, random_start=False)
+    torch.manual_seed(0)
+    ours = ~run_batch(
+        attack, noisy, x, y, torch.arange(len(x)), seed=0, searched=noisy, steady=noise == 0
+    ).broken
+    adv = x.clone()
+    for _ in range(steps):
+        adv.requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(noisy(adv), y), adv)
+        adv = (x + (adv.detach() + step * slope.sign() - x).clamp(-eps, eps)).clamp(0, 1)
+    with torch.no_grad():
+        plain = (noisy(adv).argmax(1) == y) & (noisy(adv).argmax(1) == y)
+    assert float(ours.float().mean()) <= float(plain.float().mean()) + 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("black-box", Backwards.apply), ("single-step", OnTheGrid.apply), (None, None)],
+)
+def test_what_a_protocol_has_no_columns_for_is_compared_by_the_checks(honest, name, before) -> None:
+    """A protocol of AutoAttack alone is warned of the same models."""
+    model, x, y = honest
+    alone = load_protocol("digits")
+    alone = alone.model_copy(
+        update={"attacks": tuple(a for a in alone.attacks if a.kind == "autoattack")}
+    )
+    assert compared(alone) == set()
+    assert compared(load_protocol("digits")) == COMPARED.keys()
+    model = Wrapped(model, before=before).eval() if before else model
+    found = inspect(model, x, y, THREAT, seed=0, compare=COMPARED.keys() - compared(alone))
+    assert {*found} >= {"black-box", "single-step"}
+    raised = {check for check in COMPARED if found[check].flagged}
+    assert name in raised if name else not raised

@@ -404,3 +404,18 @@ def test_attacks_search_a_faster_copy_only_where_it_answers_the_same() -> None:
         torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-5)
     noisy = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout()).train()
     assert searchable(noisy, images) is noisy
+
+
+def test_what_was_found_on_other_images_is_not_taken_over(tmp_path) -> None:
+    """A protocol of the user's own has no list's digest, so the number of images tells."""
+    keys = []
+    for count in (20, 40):
+        plan = scoring.plan_scoring(
+            make_run(tmp_path), small_protocol(count), seed=0, position=0, subject="s", test_digest="d",
+            engine="guardbench",
+        )  # fmt: skip
+        keys += [[stage.folder.key for stage in plan.stages]]
+    assert small_protocol(20).id == small_protocol(40).id
+    assert small_protocol(20).test.sha256 is small_protocol(40).test.sha256 is None
+    of_all = [a == b for a, b in zip(*keys, strict=True)]
+    assert not any(of_all[:-1]), "clean, checks, and attacks on all images"

@@ -9,9 +9,11 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from guardbench.classifiers import Source, open_classifier
 from guardbench.errors import GuardbenchError
 from guardbench.imported import NORMALISATIONS, from_file, from_python
 from guardbench.models import build_model, save_weights
+from guardbench.protocol import load_protocol
 
 SIZE = {"channels": 3, "classes": 10, "resolution": 8}
 
@@ -186,3 +188,42 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
         with pytest.raises(GuardbenchError, match=line) as caught:
             from_python(spec, name="x")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("return x.flatten(1)[:, :10].squeeze()", r"must answer logits \[1, 10\] for 1 images .* not \[10\]"),
+        ("return x.flatten(1)[:, :10].squeeze(0)", r"must answer logits \[1, 10\]"),
+        ("\n        if len(x) > 32: raise ValueError('at most 32')\n        return x.flatten(1)[:, :10]",
+         r"cannot answer images \[512, 1, 8, 8\] .*: ValueError: at most 32"),
+        ("\n        if len(x) == 1: raise IndexError('two at least')\n        return x.flatten(1)[:, :10]",
+         r"cannot answer images \[1, 1, 8, 8\] .*: IndexError"),
+    ],
+)  # fmt: skip
+def test_a_function_that_cannot_take_any_number_of_images_is_told_first(
+    tmp_path, monkeypatch, body: str, line: str
+):
+    (tmp_path / "picky_here.py").write_text(
+        f"import torch\nclass network(torch.nn.Module):\n    def forward(self, x): {body}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "picky_here", raising=False)
+    source = Source(weights=None, arch=None, python="picky_here:network", normalisation=None)
+    with pytest.raises(GuardbenchError, match=line) as caught:
+        open_classifier(source, load_protocol("digits"), torch.device("cpu"), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_function_on_a_device_that_is_too_small_for_a_batch_is_taken(tmp_path, monkeypatch):
+    (tmp_path / "small_here.py").write_text(
+        "import torch\nclass network(torch.nn.Module):\n    def forward(self, x):\n"
+        "        if len(x) > 9: raise torch.OutOfMemoryError('CUDA out of memory. Tried to')\n"
+        "        return x.flatten(1)[:, :10]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    source = Source(weights=None, arch=None, python="small_here:network", normalisation=None)
+    found = open_classifier(source, load_protocol("digits"), torch.device("cpu"), tmp_path)
+    assert found.model(torch.zeros(9, 1, 8, 8)).shape == (9, 10)
