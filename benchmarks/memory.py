@@ -17,16 +17,17 @@ from pathlib import Path
 import torch
 
 from guardbench.attacks.apgd import APGD
-from guardbench.attacks.base import plan_batches, run_batch, score_clean
+from guardbench.attacks.base import plan_batches, run_batch
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.square import Square
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
-from guardbench.devices import MemoryMeter
+from guardbench.devices import MemoryMeter, make_accelerator
 from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
-from guardbench.scoring import attack_batch, images_at_a_time
+from guardbench.runtime import Run
+from guardbench.scoring import attack_batch, clean_verdicts, images_at_a_time
 from guardbench.threat import ThreatModel
 
 
@@ -44,6 +45,8 @@ def alone(protocol_id: str, count: int, data_dir: Path | None) -> None:
         resolution=protocol.resolution, seed=0,
     ).eval()  # fmt: skip
     size = attack_batch(protocol.resolution)
+    accelerator = make_accelerator("cpu", "fp32", protocol.resolution)
+    run = Run(accelerator=accelerator, workspace=Path(), seed=0, progress=Progress())
     threat = ThreatModel("linf", Fraction(8, 255))
     attacks = {
         "pgd": PGD(threat=threat, steps=5, step=Fraction(2, 255)),
@@ -53,7 +56,7 @@ def alone(protocol_id: str, count: int, data_dir: Path | None) -> None:
     with torch.no_grad():  # labels that the model gives: all images are attacked
         y = torch.cat([model(x[first : first + size]).argmax(1) for first in range(0, count, size)])
     meter = MemoryMeter(torch.device("cpu"))
-    clean = score_clean(model, x, y, batch_size=size)
+    clean = clean_verdicts(run, model, x, y)
     for attack in attacks.values():
         for index in plan_batches(clean, images_at_a_time(attack, x[:1])):
             run_batch(attack, model, x, y, index, seed=0)

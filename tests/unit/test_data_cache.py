@@ -366,6 +366,40 @@ def test_only_what_is_whole_is_taken_over(tmp_path: Path, fault: str) -> None:
     assert min(decoded) == {"half a line": 20, "short rows": 20, "changed shard": 0}[fault]
 
 
+def test_a_resume_that_is_killed_itself_loses_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal is replaced by its good lines in one step: no moment is without it."""
+
+    def broken(index: int) -> Image.Image:
+        if index == 35:
+            raise GuardbenchError("x.png: broken")
+        return noise(index)
+
+    with pytest.raises(GuardbenchError, match=r"x\.png"):
+        build(tmp_path, source(read=broken, shards=4))
+    journal = tmp_path / "datasets" / ".made-train-8px.journal"
+    before = journal.read_text()
+
+    def killed(*_: object) -> None:
+        assert journal.read_text() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, source(shards=4))
+    monkeypatch.undo()
+    assert journal.read_text() == before
+    decoded: list[int] = []
+
+    def read(index: int) -> Image.Image:
+        decoded.append(index)
+        return noise(index)
+
+    build(tmp_path, source(read=read, shards=4))
+    assert min(decoded) == 30
+
+
 def test_images_in_any_order_have_the_digest_of_the_sorted_ones(tmp_path: Path) -> None:
     """By class and then by name, whatever the order in which a container has them, broken off or not."""
     order = [*range(1, COUNT, 2), *range(0, COUNT, 2)]

@@ -396,6 +396,36 @@ def test_a_wish_to_stop_reaches_the_cell_and_no_other_begins(folder, number) -> 
     assert signal.getsignal(number) is before
 
 
+def test_a_wish_to_stop_reaches_what_a_launcher_started(folder) -> None:
+    """With one process `accelerate launch` only waits for it, and passes no signal on."""
+    runner = launcher(
+        folder,
+        """
+        import pathlib, signal, subprocess, sys
+        child = (
+            "import pathlib, signal, sys, time\\n"
+            "def end(*_):\\n    pathlib.Path('saved').write_text('x')\\n    sys.exit(143)\\n"
+            "signal.signal(signal.SIGTERM, end)\\n"
+            "pathlib.Path('begun').write_text('x')\\ntime.sleep(60)"
+        )
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        sys.exit(subprocess.Popen([sys.executable, "-c", child]).wait())
+        """,
+    )
+
+    def ask() -> None:
+        while not Path("begun").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask).start()
+    begun = time.monotonic()
+    with runner.stopping():
+        assert runner.run(settings()) == Ended(143)
+    assert Path("saved").exists()
+    assert time.monotonic() - begun < 30, "and it was not waited for to its end"
+
+
 @pytest.fixture
 def here(monkeypatch):
     """Cells run in this process, by what `guardbench run` calls; gives what was run."""
