@@ -21,7 +21,8 @@ from guardbench.provenance import provenance
 from guardbench.record_files import load_any_record, save_record
 from guardbench.records import ClassifierRecord, Engine, SeedRun, Tier
 from guardbench.runtime import Run
-from guardbench.scoring import Costs, engines_used, plan_scoring, score
+from guardbench.scoring import Costs, score
+from guardbench.scoring_plan import engines_used, plan_scoring
 from guardbench.store import check_writable, explained
 from guardbench.tier import sample_size
 

@@ -23,7 +23,8 @@ from guardbench.imported import Imported
 from guardbench.metrics import wilson
 from guardbench.protocol import parse_fraction
 from guardbench.runtime import Run
-from guardbench.scoring import ENGINE_VERSION, attack_batch
+from guardbench.scoring import attack_batch
+from guardbench.scoring_plan import ENGINE_VERSION
 from guardbench.stages import StageFolder
 from guardbench.threat import Norm, ThreatModel
 

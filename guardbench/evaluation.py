@@ -14,7 +14,8 @@ from guardbench.protocol import Protocol, list_digest
 from guardbench.records import Artifact, Engine, LabelKind, SeedRun, TestSet
 from guardbench.references import ReferencePlan, measure_references, plan_references
 from guardbench.runtime import Run
-from guardbench.scoring import Costs, ScoringPlan, plan_scoring, score
+from guardbench.scoring import Costs, score
+from guardbench.scoring_plan import ScoringPlan, plan_scoring
 from guardbench.tier import stratified
 from guardbench.training import plan_relabel, plan_student, relabel, train_students
 

@@ -320,7 +320,7 @@ def beard(record: AnyRecord) -> Beard | None:
 
     Accuracies are means over seeds, on the images that all of the attacks measured. An attack's time is
     its stages' seconds by image, since attacks may see different numbers of images. AutoAttack's has
-    Square's added where it took over that column's verdicts (`scoring.taken_over`).
+    Square's added where it took over that column's verdicts (`scoring_plan.taken_over`).
     """
     seconds = {stage.stage: stage.seconds for stage in record.cost}
     seeds = record.seeds

@@ -39,7 +39,8 @@ from guardbench.provenance import provenance
 from guardbench.records import Engine, Method, ResultRecord, Tier
 from guardbench.registry import DISTILLERS, REGULARISERS, resolve
 from guardbench.runtime import Run
-from guardbench.scoring import Costs, engines_used
+from guardbench.scoring import Costs
+from guardbench.scoring_plan import engines_used
 from guardbench.store import check_writable, explained
 from guardbench.tier import sample_size
 from guardbench.training import STUDENT

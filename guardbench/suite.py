@@ -32,7 +32,7 @@ from guardbench.pipeline import (
 from guardbench.progress import Progress
 from guardbench.record_files import load_record
 from guardbench.records import ResultRecord
-from guardbench.scoring import engines_used
+from guardbench.scoring_plan import engines_used
 from guardbench.suite_file import Wanted
 
 

@@ -40,7 +40,8 @@ from guardbench.protocol import Protocol
 from guardbench.provenance import provenance
 from guardbench.records import Engine, Method, ResultRecord, SeedRun, Tier
 from guardbench.runtime import Run
-from guardbench.scoring import Costs, engines_used
+from guardbench.scoring import Costs
+from guardbench.scoring_plan import engines_used
 from guardbench.stages import StageFolder
 from guardbench.store import check_writable, explained
 from guardbench.submissions.check import Report, check, protocols_for, read_form, recipe_of

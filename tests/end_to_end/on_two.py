@@ -20,7 +20,8 @@ from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
 from guardbench.regularisers.base import Batch, build_regulariser
 from guardbench.runtime import Run
-from guardbench.scoring import Costs, plan_scoring, score
+from guardbench.scoring import Costs, score
+from guardbench.scoring_plan import plan_scoring
 from guardbench.stages import StageFolder
 from guardbench.threat import ThreatModel
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from guardbench import evaluation, scoring
+from guardbench import evaluation, scoring, scoring_plan
 from guardbench.attacks.apgd import APGD
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_verified
@@ -24,7 +24,8 @@ from guardbench.progress import Progress
 from guardbench.protocol import AttackSpec, load_protocol
 from guardbench.records import Engine
 from guardbench.runtime import Run
-from guardbench.scoring import attack_batch, taken_over
+from guardbench.scoring import attack_batch
+from guardbench.scoring_plan import taken_over
 
 
 def make_run(tmp_path) -> Run:
@@ -123,9 +124,9 @@ def test_an_attack_that_cannot_reach_the_edge_of_the_ball_is_refused(kind: str, 
     protocol = small_protocol()
     column = protocol.attacks[0].model_copy(update={"kind": kind, "params": {"steps": steps}})
     longer = column.model_copy(update={"params": {"steps": steps + 1}})
-    scoring.engines_used(protocol.model_copy(update={"attacks": (longer,)}), "guardbench")
+    scoring_plan.engines_used(protocol.model_copy(update={"attacks": (longer,)}), "guardbench")
     with pytest.raises(GuardbenchError, match=f"attack pgd100: {steps} steps of .* raise its step"):
-        scoring.engines_used(protocol.model_copy(update={"attacks": (column,)}), "guardbench")
+        scoring_plan.engines_used(protocol.model_copy(update={"attacks": (column,)}), "guardbench")
 
 
 def test_counts_are_those_of_the_network(evaluated) -> None:
@@ -140,7 +141,7 @@ def test_counts_are_those_of_the_network(evaluated) -> None:
         assert square.correct <= sum(run.clean.flags()[20 * position : 20 * position + 20])
     x, y = test.batch(order), test.labels[order]
     spec = protocol.attacks[0]
-    attack = scoring.build_attack(spec.kind, protocol.threat.model, spec.params)
+    attack = scoring_plan.build_attack(spec.kind, protocol.threat.model, spec.params)
     named = scoring.derive_seed(1, "attack", spec.name)
     alone = run_verified(attack, model, x, y, seed=named, batch_size=7)
     assert runs[1].attacks["pgd100"].flags() == alone.robust.tolist()
@@ -170,7 +171,7 @@ def test_an_added_column_moves_no_other(tmp_path) -> None:
     for columns in (protocol.attacks, (more, *protocol.attacks)):
         run = make_run(tmp_path / f"{len(columns)}")
         changed = protocol.model_copy(update={"attacks": columns})
-        plan = scoring.plan_scoring(
+        plan = scoring_plan.plan_scoring(
             run, changed, seed=3, position=0, subject="s", test_digest="d", engine="guardbench"
         )
         images = test.select(list(range(40)))
@@ -265,7 +266,7 @@ def test_the_dev_tier_searches_in_bf16_and_says_so(evaluated, monkeypatch, tmp_p
     torch.manual_seed(0)
     layers = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
     net = nn.Sequential(nn.Flatten(), *layers).eval().requires_grad_(False)
-    monkeypatch.setattr(scoring, "bf16_gains", lambda _kind, _resolution: True)
+    monkeypatch.setattr(scoring_plan, "bf16_gains", lambda _kind, _resolution: True)
     with torch.no_grad():
         answers = net(test.batch(range(80))).argmax(1)
     run = make_run(tmp_path / "dev")
@@ -277,7 +278,7 @@ def test_the_dev_tier_searches_in_bf16_and_says_so(evaluated, monkeypatch, tmp_p
     )  # fmt: skip
     found = {}
     for sample in (40, None):
-        plan = scoring.plan_scoring(
+        plan = scoring_plan.plan_scoring(
             run, protocol, seed=0, position=0, subject="s", test_digest="d", engine="guardbench",
             sample=sample,
         )  # fmt: skip
@@ -361,7 +362,7 @@ def test_a_record_with_columns_that_are_taken_over_has_the_ensembles_verdict(
                 "test": base.test.model_copy(update={"count": 40, "sha256": None})}
     )  # fmt: skip
     run = make_run(tmp_path)
-    plan = scoring.plan_scoring(
+    plan = scoring_plan.plan_scoring(
         run, protocol, seed=3, position=1, subject="s", test_digest="d", engine="guardbench"
     )
     x = test.select(range(40))
@@ -410,7 +411,7 @@ def test_what_was_found_on_other_images_is_not_taken_over(tmp_path) -> None:
     """A protocol of the user's own has no list's digest, so the number of images tells."""
     keys = []
     for count in (20, 40):
-        plan = scoring.plan_scoring(
+        plan = scoring_plan.plan_scoring(
             make_run(tmp_path), small_protocol(count), seed=0, position=0, subject="s", test_digest="d",
             engine="guardbench",
         )  # fmt: skip

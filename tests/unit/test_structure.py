@@ -43,7 +43,7 @@ ROOMS = [
     ["training"],
     ["attacks"],
     ["checks", "classifiers", "shift"],
-    ["scoring", "curve", "diagnosis"],
+    ["scoring_plan", "scoring", "curve", "diagnosis"],
     ["references"],
     ["evaluation"],
     ["pipeline", "assessment"],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from guardbench import scoring
+from guardbench import scoring_plan
 from guardbench.attacks.base import run_batch
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.searched import in_bf16, search_model
@@ -241,7 +241,7 @@ def test_no_finished_stage_is_shared_between_the_tiers(tmp_path):
     )
 
     def keys(sample):
-        plan = scoring.plan_scoring(
+        plan = scoring_plan.plan_scoring(
             run, own, seed=0, position=0, subject="s", test_digest="d", engine="guardbench",
             sample=sample,
         )  # fmt: skip
