@@ -154,6 +154,8 @@ def _sum(value: Tensor) -> Tensor:
 
 
 def _move_running(layer: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
+    if not layer.track_running_stats:
+        return
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
     if layer.momentum and layer.running_mean is not None and layer.running_var is not None:

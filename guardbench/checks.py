@@ -64,7 +64,7 @@ def inspect(
         threat: the ball of the protocol, l-inf or l2; in l1 only the first four checks are made.
         seed: of the random starts.
         compare: names in `COMPARED` for which the protocol has no columns, so that PGD-20 with ten
-            restarts is compared here: with Square (500 queries) and with FGSM.
+            restarts is compared here: with Square (500 queries; in l-inf) and with FGSM.
 
     Returns:
         Check by name, shares of the images used. Empty when the model gets no image right.

@@ -12,13 +12,16 @@ from torch.nn import functional as F
 
 from guardbench import canonical
 from guardbench.attacks.robustbench import zoo_model
-from guardbench.attacks.stream import Fitting, rows_at_once
+from guardbench.attacks.stream import Fitting
 from guardbench.data.catalog import dataset_info
 from guardbench.data.files import cache_root
 from guardbench.errors import GuardbenchError, brief
 from guardbench.imported import Imported, describe, from_file, from_python, state_digest
 from guardbench.protocol import Protocol
 from guardbench.runtime import seeded
+
+PROBED = 64
+"""Images of the batch that a classifier is asked about first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Source:
 def open_classifier(
     source: Source, protocol: Protocol, device: torch.device, cache_dir: Path | None
 ) -> Imported:
-    """The classifier on `device`, asked once, so that one that cannot take the images is told early.
+    """The classifier on `device`, asked a little, so that one that cannot take the images is told early.
 
     Args:
         cache_dir: see `files.cache_root`; models of RobustBench's zoo are kept below it.
@@ -91,20 +94,21 @@ def open_classifier(
         imported = from_python(source.python, name=_name(source.name or source.python))
     imported.model.to(device)
     grey = torch.full((1, info.channels, protocol.resolution, protocol.resolution), 0.5)
-    # One image, as when a single one is left, and as many as an attack may ask about at once.
-    for count in (1, 2, rows_at_once(grey.to(device))):
+    # One image, as when a single one is left, and a batch.
+    for count in (1, PROBED):
         _probe(imported, grey.expand(count, -1, -1, -1).to(device), info.num_classes)
     return imported
 
 
 def _probe(imported: Imported, images: Tensor, classes: int) -> None:
     def ask(some: Tensor) -> tuple[Tensor]:
-        point = some.clone().requires_grad_()
         with torch.no_grad():
             shapes.append((len(some), list(imported.model(some.clone()).shape)))
-        answers = imported.model(point)
-        if answers.requires_grad:  # those that have no gradient are flagged by the checks
-            torch.autograd.grad(answers.sum(), point, allow_unused=True)
+        if len(some) == 1:
+            point = some.clone().requires_grad_()
+            answers = imported.model(point)
+            if answers.requires_grad:  # those that have no gradient are flagged by the checks
+                torch.autograd.grad(answers.sum(), point, allow_unused=True)
         return (some,)
 
     shapes: list[tuple[int, list[int]]] = []

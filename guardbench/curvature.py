@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guardbench.ball import content_noise, length
+from guardbench.ball import content_noise, length, steepest
 from guardbench.models import running_statistics_kept
 from guardbench.regularisers.base import Batch, require_positive
 from guardbench.threat import Norm, ThreatModel
@@ -129,11 +129,10 @@ class DoubleBackwardCurvature:
 def step_along(gradient: Tensor, h: float) -> Tensor:
     """`h * sqrt(C * H * W) * z`: each image's gradient [N, C, H, W] scaled to the step's length.
 
-    An image whose gradient is zero stays where it is.
+    An image whose gradient is zero stays where it is; one whose gradient is too small for its square goes
+    as far as any other.
     """
-    length = h * math.sqrt(gradient[0].numel())
-    norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1).view(-1, 1, 1, 1)
-    return length * gradient / norms.clamp_min(torch.finfo(gradient.dtype).tiny)
+    return h * math.sqrt(gradient[0].numel()) * steepest(gradient, "l2")
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class LabelStore:
             with safe_open(self.path(epoch), "pt") as stored:
                 names = [*stored.keys()]
                 shapes = {name: stored.get_slice(name).get_shape() for name in names}
-        except (OSError, SafetensorError):
+        except (FileNotFoundError, SafetensorError):
             return False
         kept = self._kept
         if kept is None:

@@ -340,19 +340,15 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Inside, a training-mode forward uses batch statistics without moving the running ones."""
-    layers = batch_norms(model)
-    momenta = [layer.momentum for layer in layers]
-    counts = [layer.num_batches_tracked for layer in layers]
+    # Not by a momentum of 0, by which a NaN would still move them.
+    layers = [layer for layer in batch_norms(model) if layer.training and layer.track_running_stats]
     for layer in layers:
-        layer.momentum = 0.0
-        # The counter would otherwise move by one a forward.
-        layer.num_batches_tracked = None
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
-            layer.momentum = momentum
-            layer.num_batches_tracked = count
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

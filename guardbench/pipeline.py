@@ -342,15 +342,20 @@ def _fields(distiller: Distiller, kind: str) -> dict[str, list[str]]:
 
 
 def expected_seconds(run: Run, protocol: Protocol, stages: Sequence[PlannedStage]) -> float:
-    """A forecast of what is left of `stages`, from a short probe of the student on this device."""
+    """A forecast of what is left of `stages`, from a short probe of their networks on this device."""
     left = [stage for stage in stages if stage.folder.finished() is None]
     if not left:
         return 0.0
-    student = (protocol.student.arch, protocol.dataset, protocol.resolution)
-    fast = _images_per_second(run.device, run.precision, *student)
-    exact = fast if run.precision == "fp32" else _images_per_second(run.device, "fp32", *student)
-    seconds = sum(stage.passes / (exact if stage.fp32 else fast) for stage in left)
-    return seconds / run.processes.count
+
+    def alone(stage: PlannedStage) -> float:
+        arch = stage.arch or protocol.student.arch
+        precision = "fp32" if stage.fp32 else run.precision
+        return stage.passes / _images_per_second(
+            run.device, precision, arch, protocol.dataset, protocol.resolution
+        )
+
+    count = run.processes.count
+    return sum(alone(stage) / (count if stage.split else 1) for stage in left)
 
 
 @cache  # a suite asks for each of its cells

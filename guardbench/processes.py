@@ -2,7 +2,8 @@
 
 Processes are started by `accelerate launch` or `torchrun`; torch.distributed carries what they say.
 All of them walk through the same program. What reads or writes the workspace is done by the first one,
-`main`, and told to the others; so the workspace need not be seen by every node. A process that was
+`main`, and told to the others; so the workspace need not be seen by every node (but see
+`StageFolder.checkpoint_own`). A process that was
 started alone is `main`, its part is everything, and nothing here costs it anything.
 """
 

@@ -149,6 +149,32 @@ class Run:
         return torch.Generator().manual_seed(canonical.derive_seed(root, *names))
 
 
+def take_step(
+    scaler: torch.amp.GradScaler,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    where: str,
+    remedy: str,
+) -> float:
+    """Moves a network along its gradients, which `scaler` has scaled, and gives the loss as a float.
+
+    In float16 a step that overflows is left out and the scale halved, as it is now and then by design.
+
+    Args:
+        loss: not scaled.
+        where, remedy: see `check_finite`.
+
+    Raises:
+        GuardbenchError: the loss is not finite, and no smaller scale would mend that.
+    """
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if 1 <= scaler.get_scale() < before:
+        return loss.item()
+    return check_finite(loss, where, remedy)
+
+
 def check_finite(loss: Tensor, where: str, remedy: str) -> float:
     """The loss as a float; stops at once when it is not finite, naming the step and the way out."""
     value = loss.item()

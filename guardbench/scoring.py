@@ -25,6 +25,7 @@ from guardbench.attacks.base import (
     run_batch,
     score_clean,
 )
+from guardbench.attacks.search import answering_at_random
 from guardbench.attacks.searched import SLACK, Precision, search_model
 from guardbench.attacks.stream import (
     Journal,
@@ -109,19 +110,20 @@ def score(
         clean = _score(run, model, x, y, plan.clean)
     with costs.of(plan.checks):
         checks = _inspect(run, protocol, plan, model, x, y, clean)
-    steady = not any(checks[name].flagged for name in UNSTEADY if name in checks)
+    unsteady = [name for name in UNSTEADY if name in checks and checks[name].flagged]
     left = any(stage.folder.finished() is None for stage in plan.attacks)
     fast = search_model(model, x[:8].to(run.device), plan.search) if left else (model, plan.search)
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
-        with costs.of(stage), stage.folder.claimed() as stored:
+        lucky = answering_at_random("random-answers" in unsteady)
+        with costs.of(stage), stage.folder.claimed() as stored, lucky:
             before = {
                 each.name: outcomes[each.name] for each in taken_over(protocol, spec, plan.engine)
             }
             if stored is None:
                 stored = _attack(
                     run, protocol, spec, plan, stage.folder, model, *fast, x, y, clean, before,
-                    steady=steady,
+                    steady=not unsteady,
                 )  # fmt: skip
             outcomes[spec.name] = Outcome.model_validate(stored["outcome"])
     scored = SeedRun(seed=plan.seed, clean=clean, attacks=outcomes)
@@ -134,6 +136,7 @@ def images_at_a_time(attack: Attack, x: Tensor) -> int:
     if run_by(attack) == "reference":
         return attack_batch(x.shape[-1])
     whole = 4 * rows_at_once(x)
+    # On a CPU a network's own memory is small beside that of so many small images.
     return whole if x.is_cuda else min(whole, 1024)
 
 
@@ -252,9 +255,8 @@ def _attack(
     if state is not None and "decided" in state:
         decided, robust, distance = int(state["decided"]), state["robust"], state["distance"]
     processes = run.processes
-    alone = processes.count == 1
     # Of several processes, each is at another place of its own streams.
-    kept = (state or {}) if alone else folder.own()
+    kept = (state or {}) if processes.main else folder.own()
     goes_on = kept.get("decided") == decided and kept["streams"]
     streams, drawn = (kept["streams"], kept["drawn"]) if goes_on else ([], [])
 
@@ -273,8 +275,8 @@ def _attack(
         for index in batches:
             rest = total - decided - len(index)
             sure = int(robust.sum()) - rest - len(index)
-            write = partial(keep if alone else keep_own, decided)
-            journal = Journal(folder.due if alone else folder.due_alone, write, streams)
+            write = partial(keep if processes.main else keep_own, decided)
+            journal = Journal(folder.due_alone, write, streams)
             mine = part_of(index, processes, size, whole=untouched)
             shown = _shown(bar, len(index), sure)
             with telling(shown), journaling(journal), seeded(named, drawn):

@@ -12,7 +12,7 @@ from guardbench.attacks.build import build_attack
 from guardbench.attacks.mim import MIM
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.searched import Precision
-from guardbench.checks import CHECKS_VERSION, IMAGES, RESTARTS
+from guardbench.checks import CHECKS_VERSION, COMPARED, IMAGES, QUERIES, RESTARTS, compared
 from guardbench.devices import bf16_gains
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
@@ -21,7 +21,7 @@ from guardbench.records import Engine
 from guardbench.runtime import Run
 from guardbench.tier import measured
 
-ENGINE_VERSION = 5
+ENGINE_VERSION = 6
 """Part of the key of what attacks find: raised when their verdicts, or their checkpoints, may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""
@@ -87,12 +87,13 @@ def plan_scoring(
         protocol.test.count / 3,
         fp32=True,
     )
+    compare = sorted(COMPARED.keys() - compared(protocol))
     words = {"stage": "checks", "version": CHECKS_VERSION, **on, "images": protocol.test.count,
-             "threat": protocol.threat.model_dump(), "seed": seed}  # fmt: skip
+             "compare": compare, "threat": protocol.threat.model_dump(), "seed": seed}  # fmt: skip
     checks = PlannedStage(
         run.stage(f"checks {seed}", "attacks", words),
         f"{IMAGES} images",
-        IMAGES * (50 + 20 * RESTARTS / 3) * 2 / 3,
+        IMAGES * ((50 + 20 * RESTARTS / 3) * 2 / 3 + QUERIES / 6 * ("black-box" in compare)),
         fp32=True,
     )
     attacks = []

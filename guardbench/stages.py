@@ -36,7 +36,7 @@ class StageFolder:
         path: its folder.
         words: everything that shaped its result; `key` is their digest.
         processes: of the run. Its first one reads and writes the folder and tells the others, so each
-            method must be called by all of them.
+            method but `due_alone`, `checkpoint`, `checkpoint_own` and `own` must be called by all of them.
         say: where a line goes that the user should see.
         made: the keys of the stages that this run has finished itself.
         commit: of the code that runs.
@@ -218,7 +218,7 @@ class StageFolder:
         self._write(self.checkpoint_path if self.processes.main else None, state, last=last)
 
     def checkpoint_own(self, state: Mapping[str, Any]) -> None:
-        """Writes where this process alone stands, for `own` to find on as many processes.
+        """Writes where a process other than the first stands, for `own` to find on as many processes.
 
         Raises:
             interrupts.Interrupted: as `checkpoint` does.
@@ -227,9 +227,12 @@ class StageFolder:
 
     def own(self) -> dict[str, Any]:
         """What this process wrote last by `checkpoint_own`; empty where there is nothing to go on from."""
+        if not self.own_path.is_file():
+            return {}
         try:
             return self._read(self.own_path)[1]
-        except ValueError:
+        except ValueError as error:
+            self.say(f"{self.own_path}: unreadable checkpoint ({error}); its part begins anew")
             return {}
 
     def _write(self, path: Path | None, state: Mapping[str, Any], *, last: bool) -> None:

@@ -195,7 +195,7 @@ def _need(plan: Plan, stage: PlannedStage) -> Need:
     done = stage.folder.finished() is not None
     return Need(
         name=stage.folder.name,
-        work=round(stage.passes * network(protocol.student.arch, *shape)[0]),
+        work=round(stage.passes * network(stage.arch or protocol.student.arch, *shape)[0]),
         done=done,
         seconds=0.0 if done else expected_seconds(plan.task.run, protocol, [stage]),
         size=0 if done else _size(plan, stage, shape),

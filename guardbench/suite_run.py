@@ -100,8 +100,8 @@ class Runner:
 
     def _tell(self, number: int) -> None:
         """Passes a signal on to the cell, and to all that its launcher has started in its session."""
-        if self._process is not None:
-            with suppress(ProcessLookupError):  # it has just ended
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):  # it has just ended
                 os.killpg(self._process.pid, number)
 
     @contextmanager

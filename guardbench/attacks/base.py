@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.search import answering_at_random
 from guardbench.attacks.stream import Fitting, rows_at_once, telling
 from guardbench.ball import length
 from guardbench.errors import GuardbenchError
@@ -185,8 +184,7 @@ def run_batch(
         slack: by how much two answers of `searched` to one image may differ, as a share of its largest
             logit: an image so near to being adversarial for it may have ended its search.
         steady: two scorings of one image must agree; False, for a model that is known to answer at
-            random or by the batch, counts an image as broken when one of them is wrong, and searches
-            go on to their last iterate (`answering_at_random`).
+            random or by the batch, counts an image as broken when one of them is wrong.
         rescore_batch_size: of the second scoring; default half of the first one's, which is the batch
             or `rows_at_once`. One image is scored beside a copy of itself, and a size of the first
             one's or more becomes one more than that, so that no image meets the same batch size twice.
@@ -202,8 +200,7 @@ def run_batch(
     seen = model if searched is None else searched
 
     def attacked(net: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with nullcontext() if steady else answering_at_random():
-            found = attack.perturb(net, images[rows].clone(), labels[rows].clone(), seed=seed)
+        found = attack.perturb(net, images[rows].clone(), labels[rows].clone(), seed=seed)
         require_eval(model)
         adv, distance = _inside(attack, found, images[rows], index[rows.cpu()])
         again = rescore_batch_size

@@ -36,13 +36,17 @@ _STEADY: ContextVar[bool] = ContextVar("steady", default=True)
 
 
 @contextmanager
-def answering_at_random() -> Iterator[None]:
+def answering_at_random(really: bool = True) -> Iterator[None]:
     """Inside, searches judge their last iterate alone: the model answers one image in several ways.
 
     An earlier one that it got wrong once, at a small perturbation, is a lucky draw, and a search that
-    ended there would make the model look robust.
+    ended there would make the model look robust. APGD, FAB and Square have searches of their own, which
+    end at the first image that they get wrong as AutoAttack's do; for random models there is its `rand`.
+
+    Args:
+        really: False changes nothing.
     """
-    token = _STEADY.set(False)
+    token = _STEADY.set(not really)
     try:
         yield
     finally:

@@ -23,7 +23,13 @@ import numpy.typing as npt
 
 from guardbench import canonical
 from guardbench.data.decode import PREPROCESSING, Block, Digest, decoded
-from guardbench.data.files import cache_writes, locked, remove_stale_parts, require_space
+from guardbench.data.files import (
+    CACHE_VARIABLE,
+    cache_writes,
+    locked,
+    remove_stale_parts,
+    require_space,
+)
 from guardbench.data.pixels import PixelFile
 from guardbench.data.source import Shard, Source
 from guardbench.errors import GuardbenchError
@@ -96,6 +102,7 @@ def cached(source: Source, resolution: int, root: Path, name: str, progress: Pro
             return entry
         if held:
             remove_stale_parts(_meta_path(target))
+            remove_stale_parts(place.with_name(f".{place.name}.journal"))
         else:  # two may build, so each has files of its own
             place = place.with_name(f"{place.name}-{os.getpid()}")
         with cache_writes(target):
@@ -193,7 +200,7 @@ class _Build:
         self.finished = len(kept)
         self.journal.parent.mkdir(parents=True, exist_ok=True)
         if kept:
-            write_text(self.journal, "".join(kept))
+            write_text(self.journal, "".join(kept), option=CACHE_VARIABLE)
         else:
             self.journal.unlink(missing_ok=True)
 

@@ -65,13 +65,17 @@ class PlannedStage:
         folder: its folder, by which it is known whether it is done.
         steps: what the plan says of its length, such as `8 epochs`.
         passes: forward+backward passes of one image that it costs, for the expected time.
-        official: whether it must run in float32.
+        fp32: whether it must run in float32.
+        arch: the network that passes them, the protocol's student where it is None.
+        split: whether the processes of a run share it; else each does all of it.
     """
 
     folder: StageFolder
     steps: str
     passes: float
     fp32: bool = False
+    split: bool = True
+    arch: str | None = None
 
 
 class Distiller(Protocol):

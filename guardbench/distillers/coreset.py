@@ -71,7 +71,13 @@ class _Coreset:
         passes = images / 3 if self.by_features else 0.01 * images
         return [
             *stages,
-            PlannedStage(self._folder(task), f"{self.name} of {task.train_images} images", passes),
+            PlannedStage(
+                self._folder(task),
+                f"{self.name} of {task.train_images} images",
+                passes,
+                split=False,
+                arch=None if teacher is None else teacher.arch,
+            ),
         ]
 
     def label_kind(self, task: Task) -> LabelKind:

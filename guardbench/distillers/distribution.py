@@ -53,7 +53,9 @@ class DM:
         fresh_network(task, params, 0)  # refuses a network that does not fit
         # A forward pass, all that real images need, is about a third of a forward and a backward.
         step = real_images_a_step(task, params) / 3 + len(task.classes) * task.ipc
-        return [PlannedStage(_folder(task), f"{params.iterations} steps", params.iterations * step)]
+        passes = params.iterations * step
+        steps = f"{params.iterations} steps"
+        return [PlannedStage(_folder(task), steps, passes, split=False, arch=params.arch)]
 
     def label_kind(self, task: Task) -> LabelKind:  # noqa: ARG002 - the interface gives it
         """See `Distiller.label_kind`: an image stands for its class."""

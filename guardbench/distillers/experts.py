@@ -31,7 +31,7 @@ from guardbench.models import Classifier, batch_norms, build_model
 from guardbench.protocol import CropScale
 from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, build_regulariser, key_words
-from guardbench.runtime import check_finite
+from guardbench.runtime import take_step
 from guardbench.stages import StageFolder
 from guardbench.store import write_bytes
 
@@ -151,6 +151,8 @@ def plan_experts(task: Task, params: Experts) -> list[PlannedStage]:
             expert_folder(task, params, number),
             f"{params.epochs} epochs",
             params.epochs * task.train_images * cost,
+            split=False,
+            arch=params.arch,
         )
         for number in range(params.count)
     ]
@@ -242,13 +244,13 @@ class _Training:
             )
             self.optimizer.zero_grad(set_to_none=True)
             loss, penalty = self.regulariser.backward(batch)
-            value = check_finite(
+            value = take_step(
+                self.scaler,
+                self.optimizer,
                 (loss + penalty) / batch.scale,
                 f"expert {self.number}, epoch {epoch + 1}, step {step + 1}",
                 "lower experts.lr or the regulariser's weight in the method's recipe",
             )
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
             if params.ema:
                 self.average.lerp_(self.flat.weights(), 1 - params.ema)
         return value

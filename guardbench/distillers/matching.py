@@ -79,7 +79,8 @@ class DC:
         images = len(task.classes) * task.ipc
         step = real_images_a_step(task, params) * cost + SYNTHETIC_PASSES * images
         passes = params.iterations * (outer * step + (outer - 1) * inner * images)
-        return [PlannedStage(_folder(task), f"{params.iterations * outer} steps", passes)]
+        steps = f"{params.iterations * outer} steps"
+        return [PlannedStage(_folder(task), steps, passes, split=False, arch=params.arch)]
 
     def label_kind(self, task: Task) -> LabelKind:  # noqa: ARG002 - the interface gives it
         """See `Distiller.label_kind`: an image stands for its class."""

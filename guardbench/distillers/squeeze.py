@@ -22,7 +22,7 @@ from guardbench.models import Classifier, build_model, load_trained, save_weight
 from guardbench.protocol import CropScale
 from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, Regulariser, build_regulariser, key_words
-from guardbench.runtime import check_finite
+from guardbench.runtime import take_step
 from guardbench.stages import StageFolder
 
 TEACHER = "teacher.safetensors"
@@ -35,8 +35,8 @@ class Squeeze(Strict):
         batch_size: images a step, shared by all processes of a run.
         sync_bn: whether BN layers see the batch of all processes, as one process would have it, or each
             process's own part.
-        accumulate: into how many parts each process takes its share of a batch, one after another, where
-            the whole does not fit into memory. BN layers see one part of each process at a time.
+        accumulate: in how many parts a batch is taken, one after another, where the whole does not fit into
+            memory. BN layers see a part at a time, and each has a penalty of its own.
     """
 
     arch: Name
@@ -85,6 +85,7 @@ def plan_squeeze(task: Task, params: Squeeze) -> PlannedStage:
         squeeze_folder(task, params),
         f"{params.epochs} epochs",
         params.epochs * steps * params.batch_size * cost,
+        arch=params.arch,
     )
 
 
@@ -152,14 +153,14 @@ def _train_teacher(
                 batches = _batches(task, train, model, params, picked, generator, scale)
                 optimizer.zero_grad(set_to_none=True)
                 loss, penalty = run.processes.total(_backward(regulariser, batches)) / scale
-                value = check_finite(
+                run.processes.sum_gradients(model)
+                value = take_step(
+                    scaler,
+                    optimizer,
                     loss + penalty,
                     f"squeeze, epoch {epoch + 1}, step {step + 1}",
                     "lower squeeze.lr or the regulariser's weight in the method's recipe",
                 )
-                run.processes.sum_gradients(model)
-                scaler.step(optimizer)
-                scaler.update()
                 bar.advance(
                     1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"
                 )

@@ -114,6 +114,7 @@ class SRe2L:
                 _recover_folder(task),
                 f"{recover.iterations} steps x {images} images",
                 recover.iterations * images,
+                arch=params.squeeze.arch,
             ),
         ]
 

@@ -151,6 +151,8 @@ class _Trajectories:
             count * schedule.steps * images * self.passes,
             # Differences of weights that hardly differ are matched: always in float32.
             fp32=True,
+            split=False,
+            arch=params.experts.arch,
         )
         return [*plan_experts(task, params.experts), match]
 

@@ -1,6 +1,7 @@
 """Started twice by `torchrun`: what each process computes on its part, against the whole on its own."""
 
 import contextlib
+import time
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from guardbench import locks
+from guardbench import locks, scoring
 from guardbench.batch_norm import synchronised
 from guardbench.distilled import save_distilled, told_by_main
 from guardbench.models import build_model
@@ -86,7 +87,7 @@ def wait_for_a_lock(accelerator: Accelerator) -> None:
 
 
 def attack_in_parts(accelerator: Accelerator) -> None:
-    """An attack that is stopped in the midst of its only batch goes on there, on each process for itself."""
+    """An attack that is stopped in the midst of its third batch goes on there, on each process for itself."""
     protocol = load_protocol("digits")
     pgd = next(spec for spec in protocol.attacks if spec.kind == "pgd")
     protocol = protocol.model_copy(
@@ -95,6 +96,7 @@ def attack_in_parts(accelerator: Accelerator) -> None:
             "test": protocol.test.model_copy(update={"count": 60, "sha256": None}),
         }
     )
+    scoring.images_at_a_time = lambda *_: 10  # three batches of two tens
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
     x = torch.rand(60, 1, 8, 8)
@@ -108,29 +110,30 @@ def attack_in_parts(accelerator: Accelerator) -> None:
             plan = plan_scoring(
                 run, protocol, seed=0, position=0, subject="s", test_digest="d", engine="guardbench"
             )
-            asked, due, keep = [], StageFolder.due_alone, StageFolder.checkpoint_own
+            asked, real = [], (StageFolder.due_alone, StageFolder._write)
             handle = model.register_forward_hook(lambda *_: asked.append(1))  # noqa: B023
             if stopped:
                 calls = iter(range(10_000))
 
-                def in_the_midst(folder: StageFolder) -> bool:
-                    return folder.name.startswith("pgd100") and next(calls) > 25  # noqa: B023
+                def dies(folder: StageFolder, path: Path, state, *, last: bool) -> None:
+                    """Late in the third batch; nothing is written before it."""
+                    if state["decided"] == 40 and state["streams"] and next(calls) == 50:  # noqa: B023
+                        time.sleep(1)
+                        real[1](folder, path, state, last=last)  # noqa: B023
+                        raise Killed
 
-                def dies(folder: StageFolder, state) -> None:
-                    keep(folder, state)  # noqa: B023
-                    raise Killed
-
-                StageFolder.due_alone, StageFolder.checkpoint_own = in_the_midst, dies
+                StageFolder.due_alone = lambda folder: folder.name.startswith("pgd100")
+                StageFolder._write = dies
                 with contextlib.suppress(Killed):
                     score(run, protocol, plan, model, x, y, Costs())
-                StageFolder.due_alone, StageFolder.checkpoint_own = due, keep
-                stage = plan.attacks[0].folder
-                assert stage.own()["streams"], "it was in the midst"
-                assert not stage.checkpoint_path.exists()
-            done = score(run, protocol, plan, model, x, y, Costs())
+                StageFolder.due_alone, StageFolder._write = real
+                assert next(calls) == 51, "it was in the midst"
+            costs = Costs()
+            done = score(run, protocol, plan, model, x, y, costs)
             handle.remove()
             found.append(done.attacks["pgd100"].flags())
             passes.append(len(asked))
+            assert not stopped or costs.found[-1].seconds > 1, "an earlier run's seconds count"
             processes.collect(None)  # before the folder goes
             left = [*folder.rglob("checkpoint*")]
             assert not left, left

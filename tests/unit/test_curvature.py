@@ -149,6 +149,18 @@ def test_an_image_without_gradient_stays_where_it_is() -> None:
     assert step_along(torch.zeros(2, 1, 3, 3), 0.5).abs().max() == 0
 
 
+@pytest.mark.parametrize("size", [1e-10, 1e-22, 1e-27, 1e-35, 1e30])
+def test_the_step_has_its_length_whatever_the_gradients(size: float) -> None:
+    """Of a confident network they are so small that their squares are 0 in float32."""
+    torch.manual_seed(0)
+    shape = torch.randn(4, 3, 8, 8)
+    step = step_along(size * shape, 0.002)
+    assert step.square().mean((1, 2, 3)).sqrt().allclose(torch.tensor(0.002), rtol=1e-4)
+    assert step.allclose(step_along(shape, 0.002), rtol=1e-3, atol=1e-8)
+    shape[0, 0, 0, 0] = torch.inf
+    assert step_along(shape, 0.002).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [FirstOrderCurvature, DoubleBackwardCurvature])
 def test_second_pass_leaves_running_statistics_alone(kind: type) -> None:
     x, y = torch.rand(8, 1, 8, 8), torch.arange(8) % 4

@@ -381,7 +381,7 @@ def test_a_resume_that_is_killed_itself_loses_no_shard(
     journal = tmp_path / "datasets" / ".made-train-8px.journal"
     before = journal.read_text()
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         assert journal.read_text() == before
         raise KeyboardInterrupt
 

@@ -1,5 +1,6 @@
 """Training in float16: losses are scaled, and what comes out is what would have come out without."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -13,7 +14,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.regularisers.base import Batch, build_regulariser
-from guardbench.runtime import Run
+from guardbench.runtime import Run, take_step
 from guardbench.threat import ThreatModel
 from tests.unit.test_sre2l import load_digits, make_task
 
@@ -56,6 +57,48 @@ def test_a_scaled_loss_has_scaled_gradients_and_nothing_else(words) -> None:
     assert scaled / 4096 == pytest.approx(value.item(), rel=1e-6)
     for one, other in zip(grads, scaled_grads, strict=True):
         torch.testing.assert_close(other / 4096, one, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["curvature", "curvature-double", "gradient-norm"])
+def test_a_step_that_overflows_is_left_out_and_its_scale_halved(kind) -> None:
+    """As it is by design, every 2,000 steps; only where no scale helps is the loss to blame."""
+    words = next(words for words in REGULARISERS if words["kind"] == kind)
+    model: nn.Module = build_model(
+        "convnet-d3-bn-small", channels=3, classes=10, resolution=16, seed=1
+    )
+    model.train()
+    generator = torch.Generator().manual_seed(3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    images, labels = torch.rand(8, 3, 16, 16, generator=generator), torch.arange(8)
+    overflowed, seen = 0, []
+    for _ in range(30):
+        before = [p.detach().clone() for p in model.parameters()]
+        scale = float(scaler.scale(torch.ones(())))
+        batch = Batch(
+            model=model, images=images, labels=labels, generator=generator, scale=scale,
+            autocast=lambda: torch.autocast("cpu", torch.float16),
+        )  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+        loss, penalty = build_regulariser(words, THREAT).backward(batch)
+        value = take_step(scaler, optimizer, (loss + penalty) / scale, "here", "lower it")
+        moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert moved == (scaler.get_scale() >= scale)
+        overflowed += not moved
+        seen.append(value)
+    assert 0 < overflowed < 25
+    assert all(map(math.isfinite, seen[-3:]))
+    assert all(b.isfinite().all() for b in model.state_dict().values()), "BN statistics too"
+
+    def without_end() -> None:
+        for _ in range(40):
+            optimizer.zero_grad(set_to_none=True)
+            broken = scaler.scale(next(model.parameters()).sum() * torch.nan)
+            broken.backward()
+            take_step(scaler, optimizer, broken.detach(), "here", "lower it")
+
+    with pytest.raises(GuardbenchError, match=r"here: the loss is nan; lower it"):
+        without_end()
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
         ("return x.flatten(1)[:, :10].squeeze()", r"must answer logits \[1, 10\] for 1 images .* not \[10\]"),
         ("return x.flatten(1)[:, :10].squeeze(0)", r"must answer logits \[1, 10\]"),
         ("\n        if len(x) > 32: raise ValueError('at most 32')\n        return x.flatten(1)[:, :10]",
-         r"cannot answer images \[512, 1, 8, 8\] .*: ValueError: at most 32"),
+         r"cannot answer images \[64, 1, 8, 8\] .*: ValueError: at most 32"),
         ("\n        if len(x) == 1: raise IndexError('two at least')\n        return x.flatten(1)[:, :10]",
          r"cannot answer images \[1, 1, 8, 8\] .*: IndexError"),
     ],

@@ -118,7 +118,8 @@ def test_a_second_signal_leaves_at_once() -> None:
 def test_one_request_that_comes_by_two_ways_is_one() -> None:
     """From the scheduler to all of a job, and once more from the launcher that it stops."""
     code, out, said, _ = ended(
-        "with heard(), inside_stage('a'):\n ready()\n sleep(0.7)\n print('saved')\n stop('a is saved')\n",
+        "interrupts._ONE_REQUEST_S = 5\nwith heard(), inside_stage('a'):\n ready()\n sleep(0.7)\n"
+        " print('saved')\n stop('a is saved')\n",
         signal.SIGTERM, signal.SIGTERM, pause=0.1,
     )  # fmt: skip
     assert (code, out) == (143, "saved\n")

@@ -86,6 +86,7 @@ def test_running_statistics_are_kept_inside_and_move_outside() -> None:
     start = norm.running_mean.clone()
     with running_statistics_kept(model):
         model(torch.rand(4, 1, 8, 8))
+        model(torch.full((4, 1, 8, 8), torch.nan))
     assert torch.equal(norm.running_mean, start)
     assert int(norm.num_batches_tracked) == 0
     model(torch.rand(4, 1, 8, 8))

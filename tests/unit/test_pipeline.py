@@ -1,16 +1,22 @@
 """The plan of a run: what it knows of the images that are here."""
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from guardbench import pipeline
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
+from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
-from guardbench.pipeline import Plan, Settings, make_plan, planned_method, prepare
+from guardbench.pipeline import Plan, Settings, expected_seconds, make_plan, planned_method, prepare
 from guardbench.progress import Progress
+from guardbench.protocol import load_protocol
+from guardbench.runtime import Run
 
 PER_CLASS = {"train": 2, "val": 1}
 
@@ -67,3 +73,24 @@ def test_too_few_training_images_for_an_ipc_are_told_from_what_is_here(imagenett
 def test_too_few_test_images_are_refused_before_the_long_part(imagenette: Path) -> None:
     with pytest.raises(GuardbenchError, match="10 validation images found"):
         prepare(planned(imagenette))
+
+
+def test_a_stage_is_reckoned_at_the_speed_of_its_own_network(tmp_path, monkeypatch) -> None:
+    """DC under a protocol of ResNet-18 students matches a ConvNet, and does so on every process alone."""
+    rates = {"resnet18": 10.0, "convnet-d3": 100.0}
+    monkeypatch.setattr(
+        pipeline, "_images_per_second", lambda _device, _precision, arch, *_: rates[arch]
+    )
+    protocol = load_protocol("cifar10")
+    assert protocol.student.arch == "resnet18"
+    accelerator = SimpleNamespace(
+        process_index=0, num_processes=1, device="cpu", mixed_precision="no"
+    )
+    run = Run(accelerator=accelerator, workspace=tmp_path, seed=0, progress=Progress())
+    folder = SimpleNamespace(finished=lambda: None)
+    match = PlannedStage(folder, "s", 500.0, split=False, arch="convnet-d3")
+    student = PlannedStage(folder, "s", 500.0)
+    assert expected_seconds(run, protocol, [match, student]) == 5 + 50
+    run = dataclasses.replace(run)
+    run.__dict__["processes"] = SimpleNamespace(count=4)
+    assert expected_seconds(run, protocol, [match, student]) == 5 + 12.5

@@ -414,11 +414,12 @@ def test_a_wish_to_stop_reaches_what_a_launcher_started(folder) -> None:
     )
 
     def ask() -> None:
-        while not Path("begun").exists():
+        deadline = time.monotonic() + 30
+        while not Path("begun").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=ask).start()
+    threading.Thread(target=ask, daemon=True).start()
     begun = time.monotonic()
     with runner.stopping():
         assert runner.run(settings()) == Ended(143)
