@@ -279,8 +279,9 @@ def test_a_protocol_that_changed_under_its_name_does_not_replace_a_record(evalua
     before = (folder / "quick.toml").read_text()
     changed = before.replace("count = 90", "count = 120")
     assert changed != before
-    (folder / "changed.toml").write_text(changed)
-    words = "evaluate", "--protocol", "changed.toml", "--python", "linear:network"
+    (folder / "changed").mkdir()
+    (folder / "changed" / "quick.toml").write_text(changed)
+    words = "evaluate", "--protocol", "changed/quick.toml", "--python", "linear:network"
     result = guardbench(*words, "--name", "lr", cwd=folder)
     assert result.returncode == 2
     assert "was measured under another protocol of the name quick; say --name" in result.stderr
