@@ -147,11 +147,11 @@ def attack_batch(resolution: int) -> int:
 
 
 def part_of(index: Tensor, processes: Processes, size: int, *, whole: bool) -> Tensor:
-    """This process's images of the `size` times as many as there are processes in `index`.
+    """This process's images of a round, `index`, which holds up to `size` for each process.
 
     Args:
         whole: a batch as one process alone would have it, for the reference engine, which draws for a
-            batch; else every so manieth image, so that all have as many.
+            batch; else every n-th image of n processes, so that all have as many.
     """
     if whole:
         return index[processes.rank * size : (processes.rank + 1) * size]
