@@ -6,11 +6,13 @@ import atexit
 import contextlib
 import datetime
 import importlib.util
+import os
 import platform
 import resource
 import sys
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
@@ -172,3 +174,26 @@ def device_name(device: torch.device) -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{device.type}: {name}"
+
+
+def others_on(device: torch.device) -> bool:
+    """Whether other processes compute on the same GPU, as far as NVIDIA's `pynvml` is there to tell."""
+    if device.type != "cuda" or importlib.util.find_spec("pynvml") is None:
+        return False
+    import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        there = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+    except pynvml.NVMLError:
+        return False
+    return any(each.pid != os.getpid() and not _shares(each.pid) for each in there)
+
+
+def _shares(pid: int) -> bool:
+    """Whether a process is the server through which several share a GPU, and none of them."""
+    try:
+        return str(psutil.Process(pid).name()).startswith("nvidia-cuda-mps")
+    except psutil.Error:
+        return False

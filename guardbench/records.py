@@ -203,7 +203,8 @@ class StageCost(Strict):
         stage: `squeeze`, `recover`, `relabel`, `student 1`, `pgd-100 1`, ...
         seconds: wall-clock time.
         peak_memory_bytes: the largest memory in use on `device` during the stage.
-        device: such as `cpu (2 threads)` or `NVIDIA H100`.
+        device: such as `cpu (2 threads)`, `NVIDIA H100`, or `NVIDIA H100, beside other processes`, whose
+            seconds are upper bounds.
         shared: the artifact was made by an earlier run, whose seconds these are.
     """
 

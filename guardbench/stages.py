@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from guardbench import canonical, interrupts, locks
-from guardbench.devices import MemoryMeter, device_name
+from guardbench.devices import MemoryMeter, device_name, others_on
 from guardbench.errors import GuardbenchError, brief
 from guardbench.processes import Processes
 from guardbench.records import StageCost
@@ -268,12 +268,17 @@ class StageFolder:
             "stage": self.name,
             "seconds": round(self.seconds, 3),
             "peak_memory_bytes": max(self.processes.collect(self._meter.peak())),
-            "device": self.processes.times(device_name(device)) if shared else device_name(device),
+            "device": self._device(device, shared=shared),
         }
         stored = self.processes.from_main(lambda: self._finish(files, cost, facts))
         self.own_path.unlink(missing_ok=True)  # where the first process does not see it
         self.made.add(self.key)
         return stored
+
+    def _device(self, device: torch.device, *, shared: bool) -> str:
+        """For a cost. On a GPU that others used as well, the seconds are upper bounds."""
+        name = self.processes.times(device_name(device)) if shared else device_name(device)
+        return f"{name}, beside other processes" if others_on(device) else name
 
     def _finish(
         self, files: tuple[str, ...], cost: Mapping[str, Any], facts: Mapping[str, Any]
