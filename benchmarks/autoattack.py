@@ -10,18 +10,22 @@ the places of the images on which they differ, seconds, their ratio and peak mem
 same over all, with a sign test. pyautoattack gets the one of the batch sizes --batch at which bare
 loops of the model are fastest; it sees the model as it is, the engine its folded copy, as in `guardbench
 evaluate`. With `--tier dev` the engine runs a third time, as that tier searches on this device.
+`--torchattacks N` asks torchattacks' AutoAttack too, in batches of 25 as the paper has them, against the
+engine on the first N images alone, since it takes long (it asks for an old `requests`: install it with
+--no-deps).
 """
 
 import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from turns import TURN_S, in_turns
 
 from guardbench.attacks.autoattack import AutoAttack, part_name
@@ -40,6 +44,8 @@ from guardbench.threat import ThreatModel
 
 ENGINES = ("pyautoattack", "guardbench")
 DEV = "dev tier"
+TORCHATTACKS = "torchattacks"
+PAPERS_BATCH = 25
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -114,6 +120,8 @@ def contestant(engine: str, question: Question, batch: int) -> Callable[[], tupl
     make_accelerator(DEVICE.type, "fp32", x.shape[-1])  # sets torch as official runs have it
     if reference:
         return lambda: by_pyautoattack(model, x, y, right, threat, batch)
+    if engine == TORCHATTACKS:
+        return lambda: by_torchattacks(model, x, y, right, threat)
     attack = AutoAttack(threat=threat)
     fast, slack = searchable(model, x[:8].to(DEVICE)), LOGIT_NOISE
     if engine == DEV:
@@ -149,9 +157,28 @@ def by_pyautoattack(
     return robust.tolist(), meter.peak()
 
 
-def measure(question: Question, *, batches: list[int], dev: bool) -> Measured:
-    """Runs the engines in turns."""
-    names = [*ENGINES, *([DEV] if dev else [])]
+def by_torchattacks(
+    model: nn.Module, x: Tensor, y: Tensor, right: Tensor, threat: ThreatModel
+) -> tuple[list[bool], int]:
+    """torchattacks' AutoAttack, batch by batch, as the paper used it."""
+    import torchattacks  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    meter, robust = MemoryMeter(DEVICE), torch.zeros(len(x), dtype=torch.bool)
+    with frozen(model):
+        classes = model(x[:1].to(DEVICE)).shape[1]
+        attack = torchattacks.AutoAttack(
+            model, norm={"linf": "Linf", "l2": "L2"}[threat.norm], eps=float(threat.eps),
+            version="standard", n_classes=classes, seed=0,
+        )  # fmt: skip
+        for index in torch.split(right, PAPERS_BATCH):
+            images, labels = x[index].to(DEVICE), y[index].to(DEVICE)
+            found = attack(images, labels)
+            robust[index] = (model(found).argmax(1) == labels).cpu()
+    return robust.tolist(), meter.peak()
+
+
+def measure(question: Question, names: list[str], batches: list[int]) -> Measured:
+    """Runs the engines in turns; ratios are to the first."""
     model, x, *_ = question.load()
     batch = fastest(model, x.to(DEVICE), batches)
     found = in_turns(contestant, {name: (name, question, batch) for name in names})
@@ -251,7 +278,30 @@ def compiled_rates(net: nn.Module, x: Tensor) -> str:
     )
 
 
-def shares(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> list[str]:
+def floating_point_rate(x: Tensor, side: int = 4096, seconds: float = 2.0) -> float:
+    """Operations a second of float32 products of square matrices: what the device gives at best."""
+    one, other = torch.randn(2, side, side, device=x.device)
+    one @ other
+    count, begun = 0, now(x)
+    while now(x) - begun < seconds:
+        one @ other
+        count += 1
+    return 2 * side**3 * count / (now(x) - begun)
+
+
+def operations(net: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Floating-point operations for an image of `net`: of a forward pass, and of one with gradient."""
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        net(x[:1])
+    point = x[:1].clone().requires_grad_()
+    with FlopCounterMode(display=False) as gradient:
+        torch.autograd.grad(net(point * 1).sum(), point)  # its hooks refuse a leaf
+    return forward.get_total_flops(), gradient.get_total_flops()
+
+
+def shares(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, compiling: bool
+) -> list[str]:
     """Where the engine's time goes: by part, and over the bare loops of the same folded network."""
     device = next(model.parameters()).device
     x, y = x.to(device), y.to(device)
@@ -271,9 +321,14 @@ def shares(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> list[
         with torch.no_grad():
             alive = alive[model(found).argmax(1) == y[alive]]
     whole, bare = sum(row[4] for row in rows), sum(row[5] for row in rows)
+    peak, (passed, pulled_back) = floating_point_rate(x), operations(fast.net, x)
+    done = sum(row[2] * passed + row[3] * pulled_back for row in rows)
     return [
-        f"  bare loops: {forward:.0f} forward, {gradient:.0f} gradient images a second",
-        compiled_rates(fast.net, x),
+        f"  bare loops: {forward:.0f} forward, {gradient:.0f} gradient images a second, "
+        f"{100 * forward * passed / peak:.0f}% and {100 * gradient * pulled_back / peak:.0f}% of the "
+        f"{peak / 1e12:.2f} TFLOP/s of float32 products of matrices; the attacks "
+        f"{100 * done / whole / peak:.0f}%",
+        *([compiled_rates(fast.net, x)] if compiling else []),
         *(
             f"  {name:<18}{100 * spent / whole:5.1f}%  {count} images, {asked} forward, {pulled} gradients, "
             f"{clock(spent)}, bare {clock(alone)}"
@@ -308,9 +363,13 @@ def main() -> None:
         help="images that pyautoattack gets at once; of several the best is found",
     )
     words.add_argument("--tier", choices=("official", "dev"), default="official")
+    words.add_argument("--torchattacks", type=int, metavar="N", help="against it too, on N images")
     words.add_argument("--eps", type=Fraction, nargs="+", help="instead of the protocol's")
     words.add_argument(
         "--shares", action="store_true", help="also say where the engine's time goes"
+    )
+    words.add_argument(
+        "--compile", action="store_true", help="with --shares: what torch.compile would gain"
     )
     words.add_argument("--data-dir", type=Path)
     words.add_argument("--cache-dir", type=Path)
@@ -327,15 +386,20 @@ def main() -> None:
                 weights, args.arch, args.normalisation, args.protocol, args.images, eps,
                 args.data_dir, args.cache_dir,
             )  # fmt: skip
-            parts.append(measure(question, batches=args.batch, dev=args.tier == "dev"))
+            names = [*ENGINES, *([DEV] if args.tier == "dev" else [])]
+            parts.append(measure(question, names, args.batch))
             print(
                 f"{weights.stem}, {protocol.threat.norm} {eps}",
                 *parts[-1].lines(),
                 sep="\n",
                 flush=True,
             )
+            if args.torchattacks:
+                few = replace(question, images=args.torchattacks)
+                found = measure(few, [TORCHATTACKS, ENGINES[1]], [PAPERS_BATCH])
+                print(f"  on {few.images} of them", *found.lines(), sep="\n", flush=True)
             if args.shares:
-                print(*shares(*question.load()), sep="\n", flush=True)
+                print(*shares(*question.load(), compiling=args.compile), sep="\n", flush=True)
     if len(parts) > 1:
         whole = together(parts)
         print(f"all, {len(whole.robust[ENGINES[0]])} verdicts", *whole.lines(), sep="\n")
