@@ -95,6 +95,9 @@ class Question:
     def load(self) -> tuple[nn.Module, Tensor, Tensor, ThreatModel]:
         """The model on its device, images and labels on the CPU, and the threat."""
         protocol = load_protocol(self.protocol)
+        make_accelerator(
+            DEVICE.type, "fp32", protocol.resolution
+        )  # sets torch as official runs have it
         info = dataset_info(protocol.dataset)
         test = load_split(
             protocol.dataset, "val", resolution=protocol.resolution, data_dir=self.data_dir,
@@ -116,9 +119,7 @@ def contestant(engine: str, question: Question, batch: int) -> Callable[[], tupl
     """
     model, x, y, threat = question.load()
     right = score_clean(model, x, y).nonzero().squeeze(1)
-    reference = engine == "pyautoattack"
-    make_accelerator(DEVICE.type, "fp32", x.shape[-1])  # sets torch as official runs have it
-    if reference:
+    if engine == "pyautoattack":
         return lambda: by_pyautoattack(model, x, y, right, threat, batch)
     if engine == TORCHATTACKS:
         return lambda: by_torchattacks(model, x, y, right, threat)
@@ -263,7 +264,7 @@ def compiled_rates(net: nn.Module, x: Tensor) -> str:
     begun = now(x)
     compiled = torch.compile(net)
     try:
-        point = x[: rows_at_once(x)].clone().requires_grad_()
+        point = x[torch.arange(rows_at_once(x)) % len(x)].clone().requires_grad_()
         torch.autograd.grad(compiled(point).sum(), point)
         with torch.no_grad():
             compiled(point)

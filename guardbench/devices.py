@@ -188,7 +188,10 @@ def others_on(device: torch.device) -> bool:
         there = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid))
     except pynvml.NVMLError:
         return False
-    return any(each.pid != os.getpid() and not _shares(each.pid) for each in there)
+    pids = [each.pid for each in there]
+    # In a container that sees other numbers than the driver, one is this process.
+    others = pids if os.getpid() in pids else pids[1:]
+    return any(pid != os.getpid() and not _shares(pid) for pid in others)
 
 
 def _shares(pid: int) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
 
 _MAX_RESOLUTION = 1024
+_COPIED = 1 << 28  # bytes that travel to a GPU at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class RealDataset:
     ids: tuple[str, ...]
     classes: tuple[str, ...]
     digest: str
+    _copies: dict[torch.device, Tensor | None] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,10 +85,32 @@ class RealDataset:
         Raises:
             IndexError: an index is outside -N to N - 1.
         """
-        wanted = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
-        # Indexing by an array copies; bytes travel, and become floats there.
-        pixels = torch.from_numpy(self.images[wanted]).to(device)
+        wanted = torch.as_tensor(indices, dtype=torch.int64).cpu()
+        whole = self._resident(torch.device(device))
+        if whole is None:
+            # Indexing by an array copies; bytes travel, and become floats there.
+            pixels = torch.from_numpy(self.images[wanted.numpy()]).to(device)
+        else:
+            pixels = whole[torch.arange(len(self))[wanted].to(device)]  # a GPU checks no index
         return pixels.to(torch.float32).div_(255)
+
+    def _resident(self, device: torch.device) -> Tensor | None:
+        """All images, uint8, on a GPU that has room for them, copied there when they are first asked for."""
+        if device.type != "cuda":
+            return None
+        if device not in self._copies:
+            count, size = len(self), math.prod(self.images.shape)
+            fits = size < torch.cuda.mem_get_info(device)[0] // 4
+            self._copies[device] = (
+                self._copied(device, max(1, count * _COPIED // size)) if fits else None
+            )
+        return self._copies[device]
+
+    def _copied(self, device: torch.device, rows: int) -> Tensor:
+        whole = torch.empty(self.images.shape, dtype=torch.uint8, device=device)
+        for part in torch.split(torch.arange(len(self)), rows):
+            whole[part[0] : part[-1] + 1] = torch.from_numpy(self.images[part.numpy()]).to(device)
+        return whole
 
 
 @dataclass(frozen=True, eq=False)
