@@ -319,10 +319,11 @@ def beard(record: AnyRecord) -> Beard | None:
     """BEARD's numbers over a record's bounded attacks, at least two; None where they cannot be had.
 
     Accuracies are means over seeds, on the images that all of the attacks measured. An attack's time is
-    its stages' seconds by image, since attacks may see different numbers of images. AutoAttack's has
-    Square's added where it took over that column's verdicts (`scoring_plan.taken_over`).
+    its stages' seconds by image, since attacks may see different numbers of images, and those of the
+    columns that it took over (`StageCost.after`).
     """
     seconds = {stage.stage: stage.seconds for stage in record.cost}
+    after = {stage.stage: stage.after for stage in record.cost}
     seeds = record.seeds
     names = tuple(name for name in record.attack_names if seeds[0].attacks[name].bounded)
     stages = {f"{name} {run.seed}" for name in ("clean", *names) for run in seeds}
@@ -344,14 +345,9 @@ def beard(record: AnyRecord) -> Beard | None:
         spent = sum(seconds[f"{name} {run.seed}"] for run in seeds)
         return spent / sum(outcome.total for outcome in found)
 
-    times = {name: time(name) for name in names}
-    engines = record.provenance.engines
-    if {"autoattack", "square"} <= times.keys() and all(
-        engines.get(name) == "guardbench" for name in ("autoattack", "square")
-    ):
-        pairs = [(run.attacks["autoattack"], run.attacks["square"]) for run in seeds]
-        if all((a.first, a.total) == (s.first, s.total) for a, s in pairs):
-            times["autoattack"] += times["square"]
+    own = {name: time(name) for name in names}
+    before = {name: after[f"{name} {seeds[0].seed}"] for name in names}
+    times = {name: own[name] + sum(own.get(other, 0) for other in before[name]) for name in names}
     means = {name: fmean(values) for name, values in shares.items()}
     ratio = robustness_ratio(means["clean"], [means[name] for name in names])
     efficiency = attack_efficiency(time("clean"), list(times.values()))

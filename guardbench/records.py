@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from guardbench import canonical
 
-SCHEMA_VERSION: Literal[4] = 4
+SCHEMA_VERSION: Literal[5] = 5
 RESERVED = ("clean", "worst_case")
 
 LabelKind = Literal["hard", "soft", "teacher"]
@@ -206,6 +206,8 @@ class StageCost(Strict):
         device: such as `cpu (2 threads)`, `NVIDIA H100`, or `NVIDIA H100, beside other processes`, whose
             seconds are upper bounds.
         shared: the artifact was made by an earlier run, whose seconds these are.
+        after: the columns whose verdicts the attack took over, so that their stages' seconds are part of
+            what it took.
     """
 
     stage: Line
@@ -213,6 +215,7 @@ class StageCost(Strict):
     peak_memory_bytes: Bytes
     device: Line
     shared: bool = False
+    after: tuple[Name, ...] = Field(default=(), max_length=64)
 
 
 class Artifact(Strict):
@@ -341,7 +344,7 @@ class _Measured(Strict):
         flags: warnings that stand beside the row, such as signs of gradient masking.
     """
 
-    schema_version: Literal[4] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
+    schema_version: Literal[5] = Field(default=SCHEMA_VERSION, json_schema_extra=only_const)
     tier: Tier
     protocol: Name
     protocol_sha256: Sha256

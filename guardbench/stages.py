@@ -300,4 +300,5 @@ class StageFolder:
 
 def stage_cost(stored: Mapping[str, Any], *, shared: bool) -> StageCost:
     """The cost that `StageFolder.finish` stored, for a record."""
-    return StageCost(**stored["cost"], shared=shared)
+    after = tuple(column["name"] for column in stored["words"].get("after", ()))
+    return StageCost(**stored["cost"], shared=shared, after=after)

@@ -85,6 +85,22 @@ def test_batch_is_float_in_the_unit_range_and_in_order(tmp_path: Path) -> None:
     assert data.batch([0]).max() > 0
 
 
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_a_copy_on_the_device_gives_the_same_batches(tmp_path: Path, monkeypatch, rows) -> None:
+    data = load("digits", "val", tmp_path, 8)
+    wanted = torch.randint(-len(data), len(data), (50,))
+    before = data.batch(wanted)
+    copied = data._copied(torch.device("cpu"), rows)
+    assert torch.equal(copied, torch.tensor(data.images[:]))
+    monkeypatch.setattr(RealDataset, "_resident", lambda *_: copied)
+    assert torch.equal(data.batch(wanted), before)
+    assert data.batch([]).shape == (0, 1, 8, 8)
+    with pytest.raises(IndexError):
+        data.batch([len(data)])
+    data.batch([0]).zero_()
+    assert torch.equal(data.batch(wanted), before)
+
+
 def test_too_few_digits(tmp_path: Path) -> None:
     with pytest.raises(GuardbenchError, match="class 8 has 43 of the 44 images needed"):
         load("digits", "val", tmp_path, 8, per_class=44)

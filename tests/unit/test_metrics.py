@@ -213,7 +213,9 @@ def beard_record(square_first=0, engine="guardbench"):
         seeds.append(SeedRun(seed=seed, clean=flags("1111111100"), attacks=attacks))
         for name, each in seconds.items():
             total = 10 if name in ("clean", "pgd") else 4
-            words = {"stage": f"{name} {seed}", "seconds": each * total}
+            words = {"stage": f"{name} {seed}", "seconds": each * total, "after": ()}
+            if (name, engine) == ("autoattack", "guardbench"):
+                words["after"] = ("square",)
             cost.append(StageCost(**words, peak_memory_bytes=1, device="cpu"))
     engines = {"square": engine, "autoattack": engine}
     made = record.provenance.model_copy(update={"engines": engines})

@@ -12,7 +12,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.record_files import load_record, save_record
 from guardbench.records import Outcome, ResultRecord, SeedRun
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "record-v4.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "record-v5.json"
 
 
 def words():
@@ -138,10 +138,10 @@ def test_the_ranges_are_compared_from_where_clean_begins():
 # --- files
 
 
-# What version 4 adds, the golden one holds, and so it is another result.
+# What version 4 adds, the golden one holds, and so it is another result; version 5 adds to a cost.
 DIGESTS = dict.fromkeys(
     (1, 2, 3), "a842b6fbe4b125ff7aadc5b420213260898f7b2a3301ccf8234091da71b7444b"
-) | {4: "1f0a2706585d95a9cdfc9c62196368225493ee4c65c43a0329fff28de1633bc4"}
+) | dict.fromkeys((4, 5), "1f0a2706585d95a9cdfc9c62196368225493ee4c65c43a0329fff28de1633bc4")
 
 
 @pytest.mark.parametrize("version", DIGESTS)
@@ -280,7 +280,7 @@ CHANGES = [
     (("seeds", 2, "attacks", "cw", "bounded"), True, "bounded for one seed"),
     (("test", "total"), 59, "measures image 59 of a list of 59"),
     (("tier",), "almost", "tier: "),
-    (("schema_version",), 5, "made by a newer guardbench"),
+    (("schema_version",), 6, "made by a newer guardbench"),
     (("schema_version",), "1", "schema_version: must be an integer"),
     (("schema_version",), True, "schema_version: must be an integer"),
     (("schema_version",), 0, "schema_version: must be an integer"),
@@ -427,6 +427,32 @@ def test_the_version_counts_the_migrations_and_each_has_a_golden_file():
         path = GOLDEN.with_name(f"record-v{version}.json")
         assert json.loads(path.read_text(encoding="utf-8"))["schema_version"] == version
         load_record(path)
+
+
+@pytest.mark.parametrize(
+    ("engines", "first", "after"),
+    [
+        ({"autoattack": "guardbench", "square": "guardbench"}, 0, ("square",)),
+        ({"autoattack": "guardbench", "square": "reference"}, 0, ()),
+        ({"autoattack": "guardbench", "square": "guardbench"}, 1, ()),
+    ],
+)
+def test_version_5_knows_what_older_records_took_over(engines, first, after):
+    words = json.loads(GOLDEN.with_name("record-v4.json").read_text(encoding="utf-8"))
+    run, *others = words["seeds"]
+    whole = run["attacks"]["autoattack"]
+    square = {**whole, "first": whole["first"] + first, "total": whole["total"] - first}
+    stage = {**words["cost"][0], "stage": f"autoattack {run['seed']}"}
+    found = migrations.migrate(
+        {
+            **words,
+            "seeds": [{**run, "attacks": {**run["attacks"], "square": square}}, *others],
+            "cost": [*words["cost"], stage],
+            "provenance": {**words["provenance"], "engines": engines},
+        }
+    )
+    assert tuple(found["cost"][-1].get("after", ())) == after
+    assert all("after" not in cost for cost in found["cost"][:-1])
 
 
 def test_migrations_run_from_the_files_version_on_and_change_nothing_given():

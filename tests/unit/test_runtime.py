@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -296,6 +298,47 @@ def test_bf16_is_not_chosen_where_it_would_be_emulated(monkeypatch) -> None:
     monkeypatch.setattr(devices.Path, "read_text", lambda _self: "flags: avx512_bf16")
     assert devices.bf16_gains("cpu", 224)
     assert not devices.bf16_gains("cpu", 8)
+
+
+@pytest.mark.parametrize(
+    ("pids", "others"),
+    [([7], False), ([7, 8], True), ([7, 9], False), ([40], False), ([40, 41], True), ([], False)],
+)
+def test_who_else_is_on_the_gpu(monkeypatch, pids, others) -> None:
+    """This process is 7, and 9 is the server of NVIDIA's MPS; a container may see other numbers."""
+    asked = []
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=asked.append,
+        nvmlDeviceGetComputeRunningProcesses=lambda _: [SimpleNamespace(pid=pid) for pid in pids],
+    )
+    names = {9: "nvidia-cuda-mps-server"}
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: nvml)
+    monkeypatch.setattr(devices.os, "getpid", lambda: 7)
+    monkeypatch.setattr(
+        devices.psutil,
+        "Process",
+        lambda pid: SimpleNamespace(name=lambda: names.get(pid, "python")),
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2-3")
+    )
+    assert devices.others_on(torch.device("cuda")) is others
+    assert asked == ["GPU-1-2-3"]
+    assert not devices.others_on(CPU)
+
+
+def test_a_cost_says_when_others_used_the_gpu(tmp_path, monkeypatch) -> None:
+    run = make_run(tmp_path)
+    for name, others in (("alone", False), ("beside", True)):
+        monkeypatch.setattr(stages, "others_on", lambda _, others=others: others)
+        folder = run.stage(name, "teachers", {"stage": name})
+        folder.begin(CPU)
+        folder.path.mkdir(parents=True)
+        cost = folder.finish(CPU)["cost"]
+        assert cost["device"].endswith(", beside other processes") is others
 
 
 def test_a_loss_that_is_not_finite_names_step_and_remedy() -> None:
