@@ -28,7 +28,7 @@ from guardbench.protocol import Protocol
 from guardbench.records import Check, SeedRun
 from guardbench.threat import ThreatModel
 
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 """Part of the key of what checks find: raised when their numbers may change."""
 IMAGES = 64
 UNSTEADY = ("random-answers", "batch-dependence")
@@ -61,7 +61,7 @@ def inspect(
     Args:
         model: in eval mode, float32, its answers finite.
         x, y: images [n, C, H, W] in [0, 1] that it gets right, on its device; at most 64 are used.
-        threat: the ball of the protocol, l-inf or l2; in l1 only the first four checks are made.
+        threat: the ball of the protocol; in l1, for which there is no PGD here, nothing is compared.
         seed: of the random starts.
         compare: names in `COMPARED` for which the protocol has no columns, so that PGD-20 with ten
             restarts is compared here: with Square (500 queries; in l-inf) and with FGSM.
@@ -88,11 +88,13 @@ def inspect(
             "probabilities": _check(_probabilities(logits), 0.5),
             "zero-gradients": _check(_zero_gradients(model, x, y, fitting), 0.02),
         }
-        if threat.norm == "l1" or found["zero-gradients"].value == 1:
+        if found["zero-gradients"].value == 1:
             return found  # an attack along gradients would say the same again
         everything = ThreatModel("linf", Fraction(1))
         survive = ~_fooled(model, APGD(threat=everything, steps=50), x, y, seed)
         found["unbounded"] = _check(survive, 1 / logits.shape[1])
+        if threat.norm == "l1":
+            return found
         once, often = _by_pgd(model, x, y, threat, seed)
         found["restarts"] = _check(often & ~once, 0.1)
         if "single-step" in compare:
@@ -105,9 +107,17 @@ def inspect(
 
 
 def compared(protocol: Protocol) -> set[str]:
-    """The checks in `COMPARED` for which the protocol has columns of both kinds; `judge` makes them."""
-    kinds = {spec.kind for spec in protocol.attacks}
-    return {name for name, pair in COMPARED.items() if all(kinds & {*some} for some in pair)}
+    """The checks in `COMPARED` for which the protocol has columns of both kinds; `judge` makes them.
+
+    All these columns meet the same images of a seed, or some all and the others the same slice.
+    """
+    found = set()
+    for name, pair in COMPARED.items():
+        sides = [[spec for spec in protocol.attacks if spec.kind in some] for some in pair]
+        slices = {spec.images_per_seed for side in sides for spec in side} - {None}
+        if all(sides) and len(slices) <= 1:
+            found.add(name)
+    return found
 
 
 def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
@@ -119,14 +129,12 @@ def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
     difference that a fair coin for each image on which the two differ gives in all but 1% of cases.
     """
     kinds = {spec.name: spec.kind for spec in protocol.attacks}
-    found = {}
+    found, wanted = {}, compared(protocol)
     for name, (weak, strong) in COMPARED.items():
         weaker = [attack for attack in seed.attacks if kinds[attack] in weak]
         stronger = [attack for attack in seed.attacks if kinds[attack] in strong]
-        if weaker and stronger:
-            check = _milder(seed, weaker, stronger)
-            if check is not None:
-                found[name] = check
+        if name in wanted and weaker and stronger:
+            found[name] = _milder(seed, weaker, stronger)
     return found
 
 
@@ -205,12 +213,10 @@ def _lead(weaker: Tensor, stronger: Tensor) -> Check:
     return _compared(int((weaker & ~stronger).sum()), int((stronger & ~weaker).sum()), len(weaker))
 
 
-def _milder(seed: SeedRun, weaker: list[str], stronger: list[str]) -> Check | None:
+def _milder(seed: SeedRun, weaker: list[str], stronger: list[str]) -> Check:
     """Accuracy under all of `stronger` minus that under all of `weaker`, on the images they share."""
     outcomes = [seed.attacks[name] for name in (*weaker, *stronger)]
     first, end = max(o.first for o in outcomes), min(o.end for o in outcomes)
-    if end <= first:
-        return None
 
     def survivors(names: list[str]) -> list[bool]:
         found = [seed.attacks[name] for name in names]

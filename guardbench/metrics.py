@@ -346,8 +346,10 @@ def beard(record: AnyRecord) -> Beard | None:
         return spent / sum(outcome.total for outcome in found)
 
     own = {name: time(name) for name in names}
-    before = {name: after[f"{name} {seeds[0].seed}"] for name in names}
-    times = {name: own[name] + sum(own.get(other, 0) for other in before[name]) for name in names}
+    times = {
+        name: own[name] + sum(own.get(other, 0) for other in after[f"{name} {seeds[0].seed}"])
+        for name in names
+    }
     means = {name: fmean(values) for name, values in shares.items()}
     ratio = robustness_ratio(means["clean"], [means[name] for name in names])
     efficiency = attack_efficiency(time("clean"), list(times.values()))

@@ -170,7 +170,8 @@ def _footnotes(record: AnyRecord) -> list[str]:
     if (found_by := beard(record)) is not None:
         lines.append(
             f"BEARD (arXiv:2411.09265), over {', '.join(found_by.attacks)}: RR {found_by.ratio:.1f}%, "
-            f"AE {found_by.efficiency:.1f}% of their own times, CREI {found_by.crei:.1f}%."
+            f"AE {found_by.efficiency:.1f}%, CREI {found_by.crei:.1f}%; times are of this record's stages, "
+            "and AutoAttack's, where it took over a column, hold that column's, which met more images."
         )
     if isinstance(record, ResultRecord) and (beside := in_words(record)) is not None:
         lines.append(beside)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import Attack
 from guardbench.attacks.build import build_attack
+from guardbench.attacks.jitter import Jitter
 from guardbench.attacks.mim import MIM
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.searched import Precision
+from guardbench.attacks.spsa import SPSA
 from guardbench.checks import CHECKS_VERSION, COMPARED, IMAGES, QUERIES, RESTARTS, compared
 from guardbench.devices import bf16_gains
 from guardbench.distillers.base import PlannedStage
@@ -142,12 +145,30 @@ def built(protocol: Protocol, spec: AttackSpec, engine: Engine) -> Attack:
         attack = build_attack(spec.kind, protocol.threat.model, params)
     except GuardbenchError as error:
         raise GuardbenchError(f"{where}: {error}") from error
-    if isinstance(attack, PGD | MIM) and attack.steps * attack.step < attack.threat.eps:
+    step, reach = _reach(attack)
+    if reach < 1:
         raise GuardbenchError(
-            f"{where}: {attack.steps} steps of {attack.step} end inside the ball of {attack.threat}, and "
-            "an attack so short says little; raise its step or its steps."
+            f"{where}: {step} end inside the ball of {protocol.threat.model}, and an attack so short says "
+            "little; raise its step or its steps."
         )
     return attack
+
+
+def _reach(attack: Attack) -> tuple[str, float]:
+    """The steps of an attack in words, and how many radii long they are together at most.
+
+    Infinite where the steps are the attack's own to choose, or are not held to a ball.
+    """
+    if isinstance(attack, PGD | MIM):
+        return (
+            f"{attack.steps} steps of {attack.step}",
+            float(attack.steps * attack.step / attack.threat.eps),
+        )
+    if isinstance(attack, Jitter):
+        return f"{attack.steps} steps of {attack.step} radii", attack.steps * attack.step
+    if isinstance(attack, SPSA):  # a step of Adam is about lr long
+        return f"{attack.steps} steps of {attack.lr} radii", attack.steps * attack.lr
+    return "", math.inf
 
 
 def run_by(attack: Attack) -> Engine | None:

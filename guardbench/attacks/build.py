@@ -20,31 +20,38 @@ from typing import (
 
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import parse_fraction
-from guardbench.threat import ThreatModel
+from guardbench.threat import Norm, ThreatModel
 
 if TYPE_CHECKING:
     from guardbench.attacks.base import Attack
 
 
 class Kind(NamedTuple):
-    """Where an attack's class is, and the paper that it comes from."""
+    """Where an attack's class is, the paper that it comes from, and the norms of the balls that it knows.
+
+    An attack without norms is not held to a ball.
+    """
 
     target: str
     source: str
+    norms: tuple[Norm, ...]
 
 
-def _kind(module: str, name: str, source: str) -> Kind:
-    return Kind(f"guardbench.attacks.{module}:{name}", source)
+def _kind(module: str, name: str, source: str, *more: Norm, ball: bool = True) -> Kind:
+    norms: tuple[Norm, ...] = ("linf", "l2", *more) if ball else ()
+    return Kind(f"guardbench.attacks.{module}:{name}", source, norms)
 
 
 ATTACKS: dict[str, Kind] = {
-    "apgd": _kind("apgd", "APGD", "Croce & Hein, ICML 2020, arXiv:2003.01690"),
-    "autoattack": _kind("autoattack", "AutoAttack", "Croce & Hein, ICML 2020, arXiv:2003.01690"),
-    "cw": _kind("cw", "CW", "Carlini & Wagner, S&P 2017, arXiv:1608.04644"),
+    "apgd": _kind("apgd", "APGD", "Croce & Hein, ICML 2020, arXiv:2003.01690", "l1"),
+    "autoattack": _kind(
+        "autoattack", "AutoAttack", "Croce & Hein, ICML 2020, arXiv:2003.01690", "l1"
+    ),
+    "cw": _kind("cw", "CW", "Carlini & Wagner, S&P 2017, arXiv:1608.04644", ball=False),
     "deepfool": _kind(
         "deepfool", "DeepFool", "Moosavi-Dezfooli et al., CVPR 2016, arXiv:1511.04599"
     ),
-    "fab": _kind("fab", "FAB", "Croce & Hein, ICML 2020, arXiv:1907.02044"),
+    "fab": _kind("fab", "FAB", "Croce & Hein, ICML 2020, arXiv:1907.02044", "l1"),
     "fgsm": _kind("fgsm", "FGSM", "Goodfellow et al., ICLR 2015, arXiv:1412.6572"),
     "jitter": _kind(
         "jitter", "Jitter", "Schwinn et al., Applied Intelligence 2023, arXiv:2105.10304"
@@ -52,7 +59,7 @@ ATTACKS: dict[str, Kind] = {
     "mim": _kind("mim", "MIM", "Dong et al., CVPR 2018, arXiv:1710.06081"),
     "pgd": _kind("pgd", "PGD", "Madry et al., ICLR 2018, arXiv:1706.06083"),
     "spsa": _kind("spsa", "SPSA", "Uesato et al., ICML 2018, arXiv:1802.05666"),
-    "square": _kind("square", "Square", "Andriushchenko et al., ECCV 2020, arXiv:1912.00049"),
+    "square": _kind("square", "Square", "Andriushchenko et al., ECCV 2020, arXiv:1912.00049", "l1"),
     "transfer": _kind("transfer", "Transfer", "Papernot et al., 2016, arXiv:1605.07277"),
     "vmifgsm": _kind("vmifgsm", "VMIFGSM", "Wang & He, CVPR 2021, arXiv:2103.15571"),
 }
@@ -94,9 +101,14 @@ def build_attack(kind: str, threat: ThreatModel, params: Mapping[str, object]) -
     return cast("Attack", attack_class(**arguments))
 
 
+_INTERNAL = ("threat", "without", "leave")
+"""Fields that other code of the package sets: the ball, AutoAttack's parts that another column ran, and
+whether images for another model go on."""
+
+
 def parameters(attack_class: Any) -> list[str]:
     """What a protocol can set of an attack."""
-    return [field.name for field in fields(attack_class) if field.name not in ("threat", "without")]
+    return [field.name for field in fields(attack_class) if field.name not in _INTERNAL]
 
 
 def class_of(kind: str) -> Any:

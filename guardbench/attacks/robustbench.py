@@ -29,7 +29,7 @@ from guardbench.data.catalog import dataset_info
 from guardbench.errors import GuardbenchError, brief
 from guardbench.locks import locked
 from guardbench.protocol import unknown
-from guardbench.records import ClassifierRecord, Outcome
+from guardbench.records import ClassifierRecord, Engine, Outcome
 from guardbench.threat import ThreatModel
 
 NORMS = {"linf": "Linf", "l2": "L2"}
@@ -151,9 +151,11 @@ def benchmark(
         threat: l-inf or l2.
 
     Raises:
-        GuardbenchError: another norm.
+        GuardbenchError: another norm, images outside [0, 1], or a model that answers NaN, which robustbench
+            would count as right under label 0.
     """
     evaluation = require_robustbench(threat.norm).eval
+    score_clean(model, x, y, batch_size=batch_size)
     original = evaluation.load_clean_dataset
     # The data set chooses the loader and the preprocessing alone, and both are given.
     evaluation.load_clean_dataset = lambda *_: (x, y)
@@ -239,6 +241,9 @@ def _array(path: Path, axes: int) -> Any:
     return found
 
 
+_ENGINES: dict[Engine, str] = {"guardbench": "guardbench's loops", "reference": "pyautoattack"}
+
+
 def model_info(
     record: ClassifierRecord, attack: str, eps: Fraction, **more: object
 ) -> dict[str, Any]:
@@ -252,7 +257,8 @@ def model_info(
 
     Returns:
         The fields that are known; accuracies in percent with two decimals, as text, on the images that
-        AutoAttack saw; `footnote` says how many, where the test set has more.
+        AutoAttack saw. `footnote` says how many, where the test set has more, whose loops ran AutoAttack, and
+        the checks that doubt the number.
     """
     (seed,) = record.seeds
     if attack not in seed.attacks:
@@ -261,6 +267,11 @@ def model_info(
     start = robust.first - seed.clean.first
     clean = Outcome.from_flags(seed.clean.flags()[start : start + robust.total])
     whole = dataset_info(record.dataset).val_count
+    notes = [] if robust.total == whole else [f"On {robust.total} of {whole} test images."]
+    by = record.provenance.engines.get(attack)
+    notes += [f"AutoAttack by {_ENGINES[by]}."] if by else []
+    if record.flags:
+        notes.append(f"Flagged: {'; '.join(record.flags)}.")
     info = robustbench().utils.ModelInfo(
         dataset=record.dataset,
         architecture=record.classifier.arch,
@@ -268,7 +279,7 @@ def model_info(
         eps=str(eps),
         clean_acc=f"{100 * clean.correct / clean.total:.2f}",
         autoattack_acc=f"{100 * robust.correct / robust.total:.2f}",
-        footnote=None if robust.total == whole else f"On {robust.total} of {whole} test images.",
+        footnote=" ".join(notes) or None,
         **more,
     )
     return {key: value for key, value in vars(info).items() if value is not None}

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+_COLUMN = """A column of a protocol; with all that has no default, lengths in pixels are fractions in quotes:
+
+    [[attacks]]
+    name = "pgd20"
+    kind = "pgd"
+    images_per_seed = 100                        # all of the protocol's where it is left out
+    params = { steps = 20, step = "0.25/255" }
+
+What each parameter means stands in the class in guardbench/attacks/."""
+
 
 def attacks() -> None:
-    """List the attacks that a protocol can name as a column's kind, their parameters and their source.
+    """List the attacks that a protocol can name as a column's kind, with norms, parameters and source.
 
     Example: guardbench attacks
     """
@@ -16,12 +26,15 @@ def attacks() -> None:
 
     from guardbench.attacks.build import ATTACKS, class_of, parameters
 
-    table = Table("kind", "parameters and defaults", "source")
-    for kind, (_, source) in ATTACKS.items():
+    table = Table("kind", "norms", "parameters and defaults", "source")
+    for kind, (_, source, norms) in ATTACKS.items():
         known = [
-            field.name if field.default is MISSING else f"{field.name} = {field.default}"
+            field.name if field.default in (MISSING, "") else f"{field.name} = {field.default}"
             for field in fields(class_of(kind))
             if field.name in parameters(class_of(kind)) and field.name != "engine"
         ]
-        table.add_row(kind, escape(", ".join(known) or "none"), source)
-    Console(emoji=False).print(table)
+        held = ", ".join(norms) or "none: unbounded"
+        table.add_row(kind, held, escape(", ".join(known) or "none"), source)
+    console = Console(emoji=False)
+    console.print(table)
+    console.print(_COLUMN, markup=False, highlight=False)

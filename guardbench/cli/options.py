@@ -84,8 +84,9 @@ Python = Annotated[
 Normalisation = Annotated[
     str | None,
     typer.Option(
-        help="Of --weights: imagenet, cifar10, cifar100, half, none, or numbers such as "
-        "0.5,0.5,0.5/0.2,0.2,0.2. Students of guardbench hold their own.",
+        help="Of --weights: imagenet, cifar10, cifar10-dc (of DC, DSA, DM and MTT), cifar100, svhn, mnist, "
+        "fashion-mnist, half ([-1, 1]), bytes (0 to 255), none, or numbers such as 0.5,0.5,0.5/0.2,0.2,0.2. "
+        "Students of guardbench hold their own.",
         show_default=False,
     ),
 ]

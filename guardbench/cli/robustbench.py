@@ -73,12 +73,35 @@ def benchmark(
         cache_dir=cache_dir, progress=Progress(console), per_class=1,
     )  # fmt: skip
     order = chosen.test_indices(test.ids)[:images]
+    _require_memory(len(order), test.batch(order[:1]).nbytes)
     clean, robust = run_benchmark(model, test.batch(order), test.labels[order], chosen.threat.model)
     console.print(
         f"{len(order)} images, {chosen.threat.norm} {chosen.threat.eps}: clean {100 * clean:.2f}%, "
         f"AutoAttack {100 * robust:.2f}%",
         highlight=False,
     )
+
+
+def _require_memory(count: int, size: int) -> None:
+    """Refuses more images than memory holds: robustbench takes them all at once.
+
+    Args:
+        size: bytes of an image.
+    """
+    import psutil  # type: ignore[import-untyped]
+
+    needed, free = (
+        3 * count * size,
+        psutil.virtual_memory().available,
+    )  # adversarial ones, and a copy
+    if needed > free:
+        from guardbench.report import byte_size
+
+        raise GuardbenchError(
+            f"robustbench holds all {count} images at once, which takes about {byte_size(needed)} of the "
+            f"{byte_size(free)} of memory that are free; say --images {max(1, free // (3 * size))}, or take "
+            "guardbench evaluate, which holds a batch."
+        )
 
 
 @app.command()

@@ -91,9 +91,10 @@ def test_the_attacks_are_listed_with_parameters_and_source(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = CliRunner().invoke(app, ["attacks"])
     assert result.exit_code == 0, result.output
-    for kind, (_, source) in ATTACKS.items():
+    for kind, (_, source, norms) in ATTACKS.items():
         assert kind in result.output
         assert source in result.output
+        assert (", ".join(norms) or "none: unbounded") in result.output
     assert "steps = 100, step = 1/1020, random_start = True, restarts = 1" in result.output
 
 
@@ -139,6 +140,7 @@ def test_parameters_are_read_by_the_type_of_their_field():
         ("pgd", {"random_start": 1}, "random_start must be true or false, not 1"),
         ("mim", {"decay": "1"}, "decay must be a number, not '1'"),
         ("autoattack", {"without": []}, "autoattack has no parameter 'without'"),
+        ("vmifgsm", {"leave": False}, "vmifgsm has no parameter 'leave'"),
         ("autoattack", {"version": "fast"}, "version must be one of 'standard', 'plus', 'rand'"),
         ("square", {"engine": "fast"}, "engine must be one of 'guardbench', 'reference'"),
         ("apgd", {"loss": "cw"}, "loss must be one of 'ce', 'dlr', 'dlr-targeted'"),
@@ -150,6 +152,21 @@ def test_a_wrong_name_or_value_is_one_clear_line(kind, params, message):
     with pytest.raises(GuardbenchError, match=message) as error:
         build_attack(kind, LINF, params)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("kind", sorted(ATTACKS))
+def test_the_table_names_the_norms_that_an_attack_takes(kind, norm, surrogate):
+    threat = ThreatModel(norm, Fraction(1, 2))
+    params = surrogate if kind == "transfer" else QUICK.get(kind, {})
+    held = ATTACKS[kind].norms
+    if norm in held or not held:
+        assert getattr(build_attack(kind, threat, params), "threat", None) == (
+            threat if held else None
+        )
+    else:
+        with pytest.raises(GuardbenchError, match=f"not in {norm}"):
+            build_attack(kind, threat, params)
 
 
 def test_the_table_needs_no_torch():

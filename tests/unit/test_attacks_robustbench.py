@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,25 @@ def test_its_benchmark_gives_the_exact_robust_accuracy_of_a_linear_model():
     assert original.__module__ == "robustbench.data", "its own loader is back"
     with pytest.raises(GuardbenchError, match="measures linf and l2, not l1"):
         benchmark(model, x, y, ThreatModel("l1", Fraction(1)))
+    with torch.no_grad():
+        model[1].weight.fill_(torch.nan)  # whose argmax is 0
+    with pytest.raises(GuardbenchError, match="NaN"):
+        benchmark(model, x, torch.zeros_like(y), ThreatModel("linf", eps))
+
+
+def test_more_images_than_memory_holds_are_refused(monkeypatch):
+    """robustbench takes them all at once; ImageNet's validation set is 30 GB."""
+    free = SimpleNamespace(available=100_000)  # 256 B an image, three times
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    words = ["robustbench", "benchmark", "--protocol", "digits", "--python", f"{__name__}:small"]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, GuardbenchError)
+    assert "all 300 images at once" in str(result.exception)
+    assert "--images 130" in str(result.exception)
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
 
 
 def test_a_model_of_the_zoo_comes_with_the_weights_in_the_cache(tmp_path, capsys):
@@ -204,6 +224,14 @@ def test_a_record_becomes_model_info(tmp_path):
         "clean_acc": "80.00", "autoattack_acc": "30.00", "number_forward_passes": 1,
         "footnote": "On 100 of 445 test images.",
     }  # fmt: skip
+    made = record().provenance.model_copy(update={"engines": {"autoattack": "guardbench"}})
+    doubted = record(provenance=made, flags=("zero-gradients: no gradient (90% of 64 images)",))
+    save_record(tmp_path / "doubted.json", doubted)
+    result = CliRunner().invoke(app, ["robustbench", "export", str(tmp_path / "doubted.json")])
+    assert json.loads(result.stdout)["footnote"] == (
+        "On 100 of 445 test images. AutoAttack by guardbench's loops. "
+        "Flagged: zero-gradients: no gradient (90% of 64 images)."
+    )
     column = {"other": Outcome.from_flags([True] * 30 + [False] * 70)}
     clean = Outcome.from_flags([True] * 300)
     bare = SeedRun(seed=0, clean=clean, attacks=column)

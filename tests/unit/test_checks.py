@@ -119,15 +119,18 @@ def test_a_surface_too_rough_for_one_start_is_caught(honest) -> None:
     assert not found["zero-gradients"].flagged
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_an_honest_model_raises_nothing(honest, norm) -> None:
+@pytest.mark.parametrize(
+    ("threat", "checks"),
+    [(THREAT, 6), (ThreatModel("l2", Fraction(1, 2)), 6), (ThreatModel("l1", Fraction(2)), 5)],
+    ids=str,
+)
+def test_an_honest_model_raises_nothing(honest, threat, checks) -> None:
     model, x, y = honest
-    threat = THREAT if norm == "linf" else ThreatModel("l2", Fraction(1, 2))
     found = inspect(model, x, y, threat, seed=0)
-    assert list(found) == list(MEANING)[:6]
+    assert list(found) == list(MEANING)[:checks]
     assert not [name for name, check in found.items() if check.flagged]
     assert inspect(model, x[:0], y[:0], threat, seed=0) == {}
-    assert len(inspect(model, x[:1], y[:1], threat, seed=0)) == 6
+    assert len(inspect(model, x[:1], y[:1], threat, seed=0)) == checks
 
 
 class Small(nn.Module):
@@ -233,6 +236,29 @@ def test_kinds_of_attack_are_compared_on_the_images_they_share() -> None:
     check = judge(blind, protocol)["black-box"]
     assert (check.value, check.images, check.flagged) == (0.6, 50, True)
     assert judge(seed_run(cw=range(0, 100)), protocol) == {}
+
+
+def test_columns_that_share_no_images_leave_the_comparison_to_the_checks() -> None:
+    """At the second seed, slices of 20 and of 50 lie apart; at the first they overlap by chance."""
+    base = load_protocol("digits")
+    sizes = {"pgd": 20, "square": 50}
+    columns = tuple(
+        spec.model_copy(update={"images_per_seed": sizes[spec.kind]})
+        for spec in base.attacks
+        if spec.kind in sizes
+    )
+    protocol = base.model_copy(update={"attacks": columns})
+    assert compared(protocol) == set()
+    for first, other in ((0, 0), (20, 50)):
+        outcomes = {
+            "pgd100": Outcome.from_flags([True] * 20, first=first),
+            "square": Outcome.from_flags([False] * 50, first=other),
+        }
+        clean = Outcome.from_flags([True] * 100)
+        assert judge(SeedRun(seed=0, clean=clean, attacks=outcomes), protocol) == {}
+    whole = columns[0].model_copy(update={"images_per_seed": None})
+    alike = base.model_copy(update={"attacks": (whole, *columns[1:])})
+    assert compared(alike) == {"black-box"}
 
 
 def test_a_transfer_attack_that_beats_white_box_ones_is_flagged_too() -> None:

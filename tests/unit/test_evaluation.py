@@ -118,12 +118,18 @@ def evaluated(tmp_path, monkeypatch):
     return go, calls, model, test, order, protocol
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("pgd", 63), ("mim", 15)])
-def test_an_attack_that_cannot_reach_the_edge_of_the_ball_is_refused(kind: str, steps: int) -> None:
-    """Steps of 0.25/255 (PGD) and 1/255 (MIM) by default, in a ball of 16/255."""
+@pytest.mark.parametrize(
+    ("kind", "steps", "length"),
+    [("pgd", 63, {}), ("mim", 15, {}), ("jitter", 9, {"step": 0.1}), ("spsa", 4, {"lr": 0.2})],
+)
+def test_an_attack_that_cannot_reach_the_edge_of_the_ball_is_refused(
+    kind: str, steps: int, length: dict[str, float]
+) -> None:
+    """Steps of 0.25/255 (PGD) and 1/255 (MIM) by default, in a ball of 16/255; of the others, in radii."""
     protocol = small_protocol()
-    column = protocol.attacks[0].model_copy(update={"kind": kind, "params": {"steps": steps}})
-    longer = column.model_copy(update={"params": {"steps": steps + 1}})
+    params = {"steps": steps, **length}
+    column = protocol.attacks[0].model_copy(update={"kind": kind, "params": params})
+    longer = column.model_copy(update={"params": {**params, "steps": steps + 1}})
     scoring_plan.engines_used(protocol.model_copy(update={"attacks": (longer,)}), "guardbench")
     with pytest.raises(GuardbenchError, match=f"attack pgd100: {steps} steps of .* raise its step"):
         scoring_plan.engines_used(protocol.model_copy(update={"attacks": (column,)}), "guardbench")
@@ -365,8 +371,11 @@ def test_a_record_with_columns_that_are_taken_over_has_the_ensembles_verdict(
     plan = scoring_plan.plan_scoring(
         run, protocol, seed=3, position=1, subject="s", test_digest="d", engine="guardbench"
     )
-    x = test.select(range(40))
-    found = scoring.score(run, protocol, plan, model, x, answers, scoring.Costs()).attacks
+    x, costs = test.select(range(40)), scoring.Costs()
+    found = scoring.score(run, protocol, plan, model, x, answers, costs).attacks
+    assert {cost.stage: cost.after for cost in costs.found if cost.after} == (
+        {"autoattack 3": columns} if columns else {}
+    )
     threat = protocol.threat.model
     whole = run_verified(
         AutoAttack(threat=threat), model, x[torch.arange(20, 40)], answers[20:], seed=9
