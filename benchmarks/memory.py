@@ -1,11 +1,12 @@
 """Peak memory of an evaluation: it does not grow with the number of images.
 
-    python benchmarks/memory.py --protocol cifar10 --images 500 5000 --data-dir DATA
+    python benchmarks/memory.py --protocol cifar10 --images 500 2000 5000 --data-dir DATA
 
 For each number a process of its own scores a random ConvNet, clean, under PGD-5, under APGD-5 and under
 Square with 20 queries, with the parts that `guardbench evaluate` uses, and reports the largest memory in
 use after the first image; the last line is the ratio of the last to the first. PGD at 8/255 leaves few
-images, so the images decide and not the attack.
+images, so the images decide and not the attack. A batch holds so many rows and no more (`rows_at_once`),
+so memory levels off once the images fill it: fewer than that compare a part of a batch with a whole one.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from guardbench.scoring import attack_batch, clean_verdicts, images_at_a_time
 from guardbench.threat import ThreatModel
 
 
-def alone(protocol_id: str, count: int, data_dir: Path | None) -> None:
+def alone(protocol_id: str, count: int, data_dir: Path | None, device: str) -> None:
     """One measurement: prints the images that were attacked and the peak in bytes."""
     protocol = load_protocol(protocol_id)
     info = dataset_info(protocol.dataset)
@@ -45,7 +46,9 @@ def alone(protocol_id: str, count: int, data_dir: Path | None) -> None:
         resolution=protocol.resolution, seed=0,
     ).eval()  # fmt: skip
     size = attack_batch(protocol.resolution)
-    accelerator = make_accelerator("cpu", "fp32", protocol.resolution)
+    accelerator = make_accelerator(device, "fp32", protocol.resolution)
+    where = accelerator.device
+    model = model.to(where)
     run = Run(accelerator=accelerator, workspace=Path(), seed=0, progress=Progress())
     threat = ThreatModel("linf", Fraction(8, 255))
     attacks = {
@@ -54,11 +57,12 @@ def alone(protocol_id: str, count: int, data_dir: Path | None) -> None:
         "square": Square(threat=threat, queries=20),
     }
     with torch.no_grad():  # labels that the model gives: all images are attacked
-        y = torch.cat([model(x[first : first + size]).argmax(1) for first in range(0, count, size)])
-    meter = MemoryMeter(torch.device("cpu"))
+        parts = (x[first : first + size].to(where) for first in range(0, count, size))
+        y = torch.cat([model(part).argmax(1).cpu() for part in parts])
+    meter = MemoryMeter(where)
     clean = clean_verdicts(run, model, x, y)
     for attack in attacks.values():
-        for index in plan_batches(clean, images_at_a_time(attack, x[:1])):
+        for index in plan_batches(clean, images_at_a_time(attack, x[:1].to(where))):
             run_batch(attack, model, x, y, index, seed=0)
     print(int(clean.sum()), meter.peak())
 
@@ -68,15 +72,16 @@ def main() -> None:
     words.add_argument("--protocol", required=True)
     words.add_argument("--images", type=int, nargs="+", default=[500, 5000])
     words.add_argument("--data-dir", type=Path)
+    words.add_argument("--device", default="cpu")
     words.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = words.parse_args()
     if args.alone:
-        alone(args.protocol, args.images[0], args.data_dir)
+        alone(args.protocol, args.images[0], args.data_dir, args.device)
         return
     peaks = []
     for count in args.images:
         command = [sys.executable, __file__, "--alone", "--protocol", args.protocol]
-        command += ["--images", str(count)]
+        command += ["--images", str(count), "--device", args.device]
         command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         attacked, peak = map(int, done.stdout.split())
