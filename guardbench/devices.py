@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils import InitProcessGroupKwargs  # type: ignore[import-untyped]
+from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 
 from guardbench.errors import GuardbenchError
 from guardbench.processes import HOURS_TO_WAIT
@@ -160,6 +161,14 @@ class MemoryMeter:
                     return int(line.split()[1]) * 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory ran out."""
+    said = str(error)
+    # What Accelerate does not know: CUDA's own call, cuBLAS, and cuDNN without room for its workspace.
+    others = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine")
+    return should_reduce_batch_size(error) or any(words in said for words in others)
 
 
 def device_name(device: torch.device) -> str:

@@ -60,19 +60,19 @@ def file_record(record: ResultRecord, place: Place, warn: Callable[[str], None])
     """
     board = board_path(record.protocol, record.ipc)
     paths = {"record": place.record_path(record.protocol, record.ipc, record.tier)}
+    if record.tier == "official" and place.own_protocol is not None:
+        # Kept, so that the workspace's boards can be rebuilt; before the record, which ends the run.
+        kept = place.workspace / "protocols" / place.own_protocol.name
+        write_text(kept, read_text(place.own_protocol, what="protocol"))
     save_record(paths["record"], record)
     if record.tier == "official":
-        if place.own_protocol is not None:  # kept, so that the workspace's boards can be rebuilt
-            kept = place.workspace / "protocols" / place.own_protocol.name
-            write_text(kept, read_text(place.own_protocol, what="protocol"))
         refresh_boards(place.workspace, warn)
         paths["board"] = place.workspace / board
     published = place.published_path(record.protocol, record.ipc)
     if place.checkout is not None and published is not None:
         paths["published"] = published
         save_record(published, record)
-        with alone_at(place.checkout):
-            write(place.checkout, rebuild(place.checkout))
+        refresh_public_boards(place.checkout)
         paths["public board"] = place.checkout / board
     return paths
 
@@ -84,6 +84,12 @@ def refresh_boards(workspace: Path, warn: Callable[[str], None]) -> None:
         warn: as in `file_record`.
     """
     build_workspace_boards(workspace, load=partial(_known_protocol, workspace), warn=warn)
+
+
+def refresh_public_boards(checkout: Path) -> None:
+    """Brings the boards of a checkout up to date by the records that are published in it."""
+    with alone_at(checkout):
+        write(checkout, rebuild(checkout))
 
 
 def own_protocol(named: str | None) -> Path | None:
@@ -98,15 +104,20 @@ def _known_protocol(workspace: Path, name: str) -> Protocol:
 
 
 def checkout_for(protocol: Protocol) -> Path:
-    """The checkout around the current folder, for `--publish`.
-
-    Raises:
-        GuardbenchError: there is none, or the protocol is not a published one.
-    """
+    """`current_checkout`, for a record under `protocol`, which must be a published one."""
     if protocol.id not in protocol_ids():
         raise GuardbenchError(
             f"--publish: {protocol.id} is your own protocol; only published ones have public boards."
         )
+    return current_checkout()
+
+
+def current_checkout() -> Path:
+    """The checkout around the current folder.
+
+    Raises:
+        GuardbenchError: there is none.
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "baselines").is_dir() and (folder / "pyproject.toml").is_file():

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
-from guardbench.store import read_text, write_bytes, write_text
+from guardbench.sealed import read_tensors, write_tensors
+from guardbench.store import read_text, write_text
 
 INDEX = "labels.json"
 
@@ -61,7 +61,7 @@ class LabelStore:
 
     def write(self, epoch: int, logits: Tensor) -> None:
         """Stores the logits [N, K] on an epoch's views, in the views' order, as float16."""
-        write_bytes(self.path(epoch), save(self._packed(logits.cpu())))
+        write_tensors(self.path(epoch), self._packed(logits.cpu()))
 
     def read(self, epoch: int, sha256: str) -> Tensor:
         """The logits of an epoch, float16 [N, K].
@@ -122,11 +122,10 @@ class LabelStore:
     def _whole(self, epoch: int, rows: int) -> bool:
         """Whether an epoch's file can be read and has the labels of `rows` views."""
         try:
-            with safe_open(self.path(epoch), "pt") as stored:
-                names = [*stored.keys()]
-                shapes = {name: stored.get_slice(name).get_shape() for name in names}
-        except (FileNotFoundError, SafetensorError):
+            stored = read_tensors(self.path(epoch))
+        except (FileNotFoundError, ValueError):
             return False
+        shapes = {name: [*value.shape] for name, value in stored.items()}
         kept = self._kept
         if kept is None:
             return shapes == {"logits": [rows, self.classes]}

@@ -9,6 +9,7 @@ any, such as Lustre without `-o flock`, has none, and then two processes may bui
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 import shlex
 import socket
@@ -23,6 +24,7 @@ if sys.platform != "win32":
 
 _LIMIT = 400  # characters of what a lock says of its holder
 _POLL_S, _MINUTE = 0.25, 60
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
@@ -86,7 +88,9 @@ def _take(handle: int, waiting: Callable[[str], None], again: Callable[[], objec
             if asked % (_MINUTE / _POLL_S) == 0:
                 again()
             time.sleep(_POLL_S)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
             return False
         else:
             return True

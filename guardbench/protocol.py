@@ -94,7 +94,9 @@ class Student(Strict):
     """
 
     arch: Name
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=1 << 63)], ...] = Field(
+        min_length=1, max_length=1024
+    )
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     lr: float = Field(gt=0)
@@ -168,7 +170,7 @@ class Protocol(Strict):
     superseded_by: Name | None = None
     dataset: Name
     resolution: int = Field(gt=0, le=1024)
-    ipc: tuple[int, ...] = Field(min_length=1)
+    ipc: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1, max_length=1024)
     rank_by: Name | Literal["worst_case"]
     threat: Threat
     student: Student
@@ -184,6 +186,8 @@ class Protocol(Strict):
             raise ValueError(f"rank_by: no attack is called {self.rank_by!r}")
         if len(set(self.student.seeds)) < len(self.student.seeds):
             raise ValueError("student.seeds: a seed stands twice")
+        if len(set(self.ipc)) < len(self.ipc):
+            raise ValueError("ipc: a number stands twice")
         for attack in self.attacks:
             needed = (attack.images_per_seed or 0) * len(self.student.seeds)
             if needed > self.test.count:

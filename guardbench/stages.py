@@ -22,9 +22,11 @@ from guardbench.devices import MemoryMeter, device_name, others_on
 from guardbench.errors import GuardbenchError, brief
 from guardbench.processes import Processes
 from guardbench.records import StageCost
-from guardbench.store import explained, write_bytes, write_text
+from guardbench.sealed import read_sealed, write_sealed
+from guardbench.store import explained, write_text
 
 CHECKPOINT_EVERY_S = 20.0
+_WITHOUT_LOCKS: set[Path] = set()  # workspaces of which it has been said
 
 
 @dataclass
@@ -106,6 +108,13 @@ class StageFolder:
         with explained(lock):
             held = locks.locked(lock, self._waiting, lambda: self._told_to_wait(wait=True))
             self._alone = stack.enter_context(held)
+        workspace = self.path.parent.parent
+        if not self._alone and workspace not in _WITHOUT_LOCKS:
+            _WITHOUT_LOCKS.add(workspace)
+            self.say(
+                f"{workspace}: no file locks there, so run nothing else in it at the same time: two runs "
+                "would make the same stages twice, and could mix them"
+            )
         self._told_to_wait(wait=False)
 
     def _told_to_wait(self, *, wait: bool) -> bool:
@@ -170,15 +179,22 @@ class StageFolder:
             return None
 
     def _read(self, path: Path) -> tuple[float, dict[str, Any]]:
+        """What `_write` wrote; a ValueError when it is damaged, and not when it could not be read now."""
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            if stored["key"] != self.key:
-                raise ValueError("it belongs to another stage")
-            return float(stored["seconds"]), dict(stored["state"])
-        # Broad on purpose: torch's restricted unpickler raises struct.error, IndexError and more for
-        # damaged bytes, no list of them is complete, and each means the same to the user.
+            data = io.BytesIO(read_sealed(path))
+            stored = torch.load(data, map_location="cpu", weights_only=True)
+        except ValueError:
+            raise
+        # Broad on purpose: what is whole is not thrown away because a disk or memory fails once, whatever
+        # torch calls that.
         except Exception as error:
-            raise ValueError(brief(error)) from error
+            raise GuardbenchError(
+                f"{path}: cannot be read now ({brief(error)}); run again to go on from it, or delete it to "
+                f"begin {self.name} anew."
+            ) from error
+        if stored["key"] != self.key:
+            raise ValueError("it belongs to another stage")
+        return float(stored["seconds"]), dict(stored["state"])
 
     @property
     def seconds(self) -> float:
@@ -242,7 +258,7 @@ class StageFolder:
             if path is not None:
                 buffer = io.BytesIO()
                 torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
-                write_bytes(path, buffer.getvalue())
+                write_sealed(path, buffer.getvalue())
             if last:
                 interrupts.stop(f"{self.name} is saved")
         self._saved = time.monotonic()

@@ -145,8 +145,16 @@ def explained(target: Path, *, option: str = "--output") -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Asks the file system now, not after an hour of work; leaves nothing behind."""
+    """Asks the file system now, not after an hour of work; leaves nothing behind.
+
+    A checkout is refused: what a workspace's boards hold would take the place of its public ones.
+    """
     with explained(folder):
+        if (folder / "baselines").is_dir() and (folder / "pyproject.toml").is_file():
+            raise GuardbenchError(
+                f"--output {folder}: it is a checkout of guardbench, whose public boards would be replaced; "
+                "choose a folder of its own, such as guardbench-runs."
+            )
         there = folder.absolute()
         while not there.exists():
             there = there.parent

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from guardbench.devices import out_of_memory
 from guardbench.errors import GuardbenchError
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Fitting:
                     parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
                 )
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if size == 1:
                     raise GuardbenchError(
@@ -171,13 +171,6 @@ class Fitting:
                 logger.info("memory ran out at %d rows; going on with %d", size, self.most)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    said = str(error)
-    # What Accelerate does not know: CUDA's own call, cuBLAS, and cuDNN without room for its workspace.
-    others = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine")
-    return should_reduce_batch_size(error) or any(words in said for words in others)
 
 
 _FITS: ContextVar[dict[Any, int] | None] = ContextVar("fits", default=None)

@@ -83,12 +83,22 @@ def main() -> None:
         except RuntimeError as error:
             if "torch" not in sys.modules or wanted():  # its peers have heard the same signal
                 raise
+            from guardbench.devices import out_of_memory
             from guardbench.processes import lost_peer
 
-            words = lost_peer(error)
+            words = _MEMORY if out_of_memory(error) else lost_peer(error)
             if words is None:
                 raise
             _fail(words)
+        except MemoryError:
+            _fail(_MEMORY)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(
+                f"{error.filename}: {error.strerror}; mend that (permissions, a broken link, the disk), or name "
+                "another folder."
+            )
         except Exception as error:
             words = _mistyped(error)
             if words is None:
@@ -96,6 +106,12 @@ def main() -> None:
             if type(error).__name__ == "NoArgsIsHelpError":
                 sys.exit(2)  # it has printed the help already
             _fail(words)
+
+
+_MEMORY = (
+    "memory ran out; what was saved stays, and the same command goes on from it. Free some, or take less at "
+    "once: --set squeeze.accumulate=4, --set recover.images_a_batch=10, or another --device."
+)
 
 
 def _mistyped(error: Exception) -> str | None:

@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 
 
 def run(
-    method: Annotated[str, typer.Option(help="A folder of baselines/, such as guard or sre2l.")],
+    method: Annotated[
+        str, typer.Option(help="Such as guard or sre2l; guardbench methods lists them.")
+    ],
     dataset: Annotated[
-        str | None, typer.Option(help="digits, imagenette, cifar10, ...", show_default=False)
+        str | None,
+        typer.Option(
+            help="digits, imagenette, cifar10, cifar100, tiny-imagenet or imagenet.",
+            show_default=False,
+        ),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -42,7 +48,12 @@ def run(
             show_default=False,
         ),
     ] = None,
-    ipc: Annotated[int, typer.Option(help="Images per class of the distilled set.")] = 10,
+    ipc: Annotated[
+        int,
+        typer.Option(
+            help="Images per class of the distilled set; protocols measure 1, 10, 50 and 100."
+        ),
+    ] = 10,
     seed: Annotated[
         int,
         typer.Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -139,6 +140,7 @@ def suite(
     from guardbench.suite_table import as_json, print_plan, print_summary, require_room, room
 
     require_alone()
+    launcher = _launcher(launch)
     common = Settings(
         method="", dataset=None, protocol=None, ipc=0, seed=seed, device=device, precision=precision,
         data_dir=data_dir, cache_dir=cache_dir, output=output, publish=publish, engine=engine.value,
@@ -156,7 +158,7 @@ def suite(
         results = [result_of(cell) for cell in part.cells]
     else:
         require_room(part, folders)
-        results, code = _run(console, part, Runner(shlex.split(launch)))
+        results, code = _run(console, part, Runner(launcher))
         console.print()
         print_summary(console, results)
         _boards(console, common)
@@ -175,6 +177,16 @@ def _shard(text: str) -> tuple[int, int]:
     if not 1 <= number <= of:
         raise GuardbenchError(f"--shard {text}: write I/N with I from 1 to N, such as 2/4.")
     return number, of
+
+
+def _launcher(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise GuardbenchError(f"--launch {text}: {error}; quote it as a shell would.") from error
+    if words and shutil.which(words[0]) is None:
+        raise GuardbenchError(f"--launch {text}: no command {words[0]} on this machine.")
+    return words
 
 
 def _list(text: str) -> tuple[str, ...]:
@@ -287,10 +299,12 @@ def _boards(console: Console, common: Settings) -> None:
     """Brings the boards up to date by all records that are there, those of other shards among them."""
     from rich.markup import escape
 
-    from guardbench.filing import refresh_boards
+    from guardbench.filing import current_checkout, refresh_boards, refresh_public_boards
 
     def warn(line: str) -> None:
         console.print(f"[yellow]not ranked:[/yellow] {escape(line)}", highlight=False)
 
     if common.tier == "official" and (common.output / "records").is_dir():
         refresh_boards(common.output, warn)
+    if common.publish:  # a cell may have been killed between its record and the boards
+        refresh_public_boards(current_checkout())

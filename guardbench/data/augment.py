@@ -154,33 +154,6 @@ def hat(centres: Tensor, extent: int) -> Tensor:
     return (1 - (centres[:, :, None] - pixels).abs()).clamp(min=0)
 
 
-def random_resized_crop(
-    images: Tensor, size: int, scale: tuple[float, float], generator: torch.Generator
-) -> Tensor:
-    """A random resized crop of each image of float [n, C, H, W]: [n, C, size, size]."""
-    height, width = images.shape[-2:]
-    boxes = draw_crops(len(images), (height, width), scale, generator)
-    return apply_crops(images, boxes, None, size)
-
-
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of [n, C, H, W] mirrored left to right with probability one half."""
-    flip = draw_flips(len(images), generator).to(images.device)
-    return torch.where(flip[:, None, None, None], images.flip(-1), images)
-
-
-def random_roll(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """The whole batch rolled by one shift, down and right, of up to `max_shift` pixels either way.
-
-    One shift a batch, as in SRe2L's recover; what leaves one side comes in at the other.
-    """
-    shifts = torch.randint(
-        -max_shift, max_shift + 1, (2,), generator=generator, device=generator.device
-    )
-    down, right = (int(shift) for shift in shifts.tolist())
-    return torch.roll(images, shifts=(down, right), dims=(-2, -1))
-
-
 def draw_cutmix(
     n: int, size_in: int | tuple[int, int], alpha: float, generator: torch.Generator
 ) -> tuple[Tensor, CutBox]:
@@ -218,16 +191,3 @@ def apply_cutmix(images: Tensor, permutation: Tensor, box: CutBox) -> Tensor:
     mixed = images.clone()
     mixed[:, :, rows, columns] = images[permutation.to(images.device), :, rows, columns]
     return mixed
-
-
-def cutmix(
-    images: Tensor, alpha: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, CutBox]:
-    """One CutMix of a batch [n, C, H, W]: the mixed images, the permutation [n] and the rectangle.
-
-    A label is `lam` of the image's own and 1 - `lam` of its partner's, with `lam` of the rectangle;
-    a teacher asked about the mixed images needs neither.
-    """
-    height, width = images.shape[-2:]
-    permutation, box = draw_cutmix(len(images), (height, width), alpha, generator)
-    return apply_cutmix(images, permutation, box), permutation, box

@@ -2,7 +2,7 @@
 
 Rows are appended in the order in which a source has its images, so that nothing is held in memory; what
 a builder has finished of its shards stands in a journal, and a killed build goes on behind it. An entry
-is finished when its JSON is there, which is written last; it and the rows appear by renaming.
+is finished when both are there; they appear by renaming, the rows last.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class _Build:
         room = self.part.stat().st_size - _HEADER_BYTES if self.part.is_file() else 0
         lines = []
         with contextlib.suppress(FileNotFoundError):
-            lines = self.journal.read_text(encoding="utf-8").splitlines()
+            lines = self.journal.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = []
         for shard, line in zip(self.shards, lines, strict=False):
             try:
@@ -288,7 +288,10 @@ class _Build:
             self.sha.add(block.pixels)
 
     def _end(self, stream: BinaryIO, progress: Progress, what: str) -> None:
-        """Writes the header and the index, and gives the file its name."""
+        """Writes the header and the index, and gives the file its name.
+
+        The name comes last, since without it the rows and the journal are still there to go on from.
+        """
         ids, labels = self.ids, self.labels
         rows: list[int] | None = None
         if self.source.shuffled:
@@ -301,7 +304,7 @@ class _Build:
         stream.flush()
         os.fsync(stream.fileno())
         self.part.chmod(0o644)
-        self.part.replace(self.target)
+        self.target.unlink(missing_ok=True)  # an older one is not of the index to come
         meta = {
             "format": _FORMAT,
             "preprocessing": PREPROCESSING,
@@ -314,7 +317,8 @@ class _Build:
         }
         if rows is not None and rows != sorted(rows):
             meta["rows"] = rows
-        write_text(_meta_path(self.target), canonical.dumps(meta))
+        write_text(_meta_path(self.target), canonical.dumps(meta), option=CACHE_VARIABLE)
+        self.part.replace(self.target)
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

@@ -88,7 +88,7 @@ class DM:
                 value = check_finite(
                     loss / len(task.classes),
                     f"match, step {step + 1}",
-                    "lower match.image_lr in the method's recipe",
+                    "lower match.image_lr, as by --set match.image_lr=0.5",
                 )
                 synthetic.step(loss)
                 bar.advance(1, f"loss {value:.3f}")

@@ -249,7 +249,7 @@ class _Training:
                 self.optimizer,
                 (loss + penalty) / batch.scale,
                 f"expert {self.number}, epoch {epoch + 1}, step {step + 1}",
-                "lower experts.lr or the regulariser's weight in the method's recipe",
+                "lower experts.lr or regulariser.weight, as by --set experts.lr=0.01",
             )
             if params.ema:
                 self.average.lerp_(self.flat.weights(), 1 - params.ema)

@@ -178,7 +178,7 @@ class _GradientMatching:
         value = check_finite(
             loss / classes,
             f"match, iteration {step // self.outer + 1}, step {step % self.outer + 1}",
-            "lower match.network_lr or match.image_lr in the method's recipe",
+            "lower match.network_lr or match.image_lr, as by --set match.image_lr=0.05",
         )
         self.synthetic.step(loss)
         return value
@@ -226,7 +226,7 @@ class _GradientMatching:
         check_finite(
             loss,
             f"match, iteration {step // self.outer + 1}, training the network",
-            "lower match.network_lr in the method's recipe",
+            "lower match.network_lr, as by --set match.network_lr=0.005",
         )
 
 

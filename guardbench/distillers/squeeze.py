@@ -159,7 +159,7 @@ def _train_teacher(
                     optimizer,
                     loss + penalty,
                     f"squeeze, epoch {epoch + 1}, step {step + 1}",
-                    "lower squeeze.lr or the regulariser's weight in the method's recipe",
+                    "lower squeeze.lr or regulariser.weight, as by --set squeeze.lr=0.01",
                 )
                 bar.advance(
                     1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"

@@ -16,8 +16,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,8 +41,8 @@ from guardbench.models import Classifier, batch_norms
 from guardbench.protocol import CropScale
 from guardbench.records import LabelKind, Strict
 from guardbench.runtime import check_finite
+from guardbench.sealed import read_tensors, write_tensors
 from guardbench.stages import StageFolder
-from guardbench.store import write_bytes
 
 CLASSES_A_GROUP = 100  # of the original's recover batches
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of every image
@@ -154,30 +152,32 @@ def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledD
     groups = _groups(len(task.classes), task.ipc, params)
     state = folder.begin(run.device)
     # Chunks that are done lie in files of their own: neither memory nor a checkpoint holds all images.
-    parts, ready = run.processes.from_main(lambda: _ready(folder.path, groups, folder.say))
-    chunks = _chunks(groups[ready:], params.images_a_batch * run.processes.count)
+    ready = run.processes.from_main(lambda: _ready(folder.path, groups, folder.say))
+    most = params.images_a_batch * run.processes.count
+    chunks = [chunk for some in _left(groups, ready) for chunk in _chunks(some, most)]
     if state is not None and state.get("groups") != [
         g.number for chunk in chunks[:1] for g in chunk
     ]:
         state = None  # of a chunk that is done, or of another number of processes
-    total = params.iterations * (len(parts) + len(chunks))
-    started = params.iterations * len(parts) + (int(state["step"]) if state else 0)
+    total = params.iterations * (len(ready) + len(chunks))
+    started = params.iterations * len(ready) + (int(state["step"]) if state else 0)
     with run.progress.stage("recover", total, "steps", started) as bar:
-        for number, chunk in enumerate(chunks, start=len(parts)):
+        for number, chunk in enumerate(chunks, start=len(ready)):
             recovery = _Recovery(task, teacher, params, chunk, number)
             if state is not None:
                 recovery.resume(state)
                 state = None
-            data = save({"images": recovery.optimise(folder, bar.advance)})
-            parts.append(_part(folder.path, chunk[0].number))
-            run.processes.from_main(partial(write_bytes, parts[-1], data))
+            images = {"images": recovery.optimise(folder, bar.advance)}
+            first = chunk[0].number
+            run.processes.from_main(partial(write_tensors, _part(folder.path, first), images))
+            ready[first] = len(chunk)
     labels = torch.tensor([label for group in groups for label in group.labels])
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
     distilled = told_by_main(
         run.processes,
         lambda: save_distilled(
             folder.path / "distilled",
-            images=_gathered(parts, order),
+            images=_gathered([_part(folder.path, first) for first in sorted(ready)], order),
             hard=labels[order],
             teacher=teacher,
             teacher_arch=read_params(task, Params).squeeze.arch,
@@ -197,25 +197,35 @@ def _part(folder: Path, first: int) -> Path:
     return folder / f"recovered-{first:05d}.safetensors"
 
 
-def _ready(
-    folder: Path, groups: list[_Group], say: Callable[[str], None]
-) -> tuple[list[Path], int]:
-    """The files of the chunks that are done, and how many groups they hold; chunks may be of any size.
+def _ready(folder: Path, groups: list[_Group], say: Callable[[str], None]) -> dict[int, int]:
+    """The chunks that are done: number of the first group -> groups in its file; of any size each."""
+    ready: dict[int, int] = {}
+    number = 0
+    while number < len(groups):
+        part, held = _part(folder, number), 0
+        if part.is_file():
+            try:
+                held = len(read_tensors(part)["images"]) // len(groups[number].labels)
+            except ValueError as error:
+                say(f"{part}: unreadable ({error}); its images are recovered anew")
+        if held:
+            ready[number] = held
+        number += max(held, 1)
+    return ready
 
-    From the first that is damaged on, chunks are made anew.
-    """
-    parts: list[Path] = []
-    ready = 0
-    while ready < len(groups) and (part := _part(folder, ready)).is_file():
-        try:
-            with safe_open(part, "pt") as stored:
-                images = stored.get_slice("images").get_shape()[0]
-        except SafetensorError as error:
-            say(f"{part}: unreadable ({brief(error)}); its images are recovered anew")
-            break
-        parts.append(part)
-        ready += images // len(groups[ready].labels)
-    return parts, ready
+
+def _left(groups: list[_Group], ready: Mapping[int, int]) -> list[list[_Group]]:
+    """The groups that are not in `ready`, neighbours together."""
+    done = {first + place for first, held in ready.items() for place in range(held)}
+    runs: list[list[_Group]] = []
+    for group in groups:
+        if group.number in done:
+            continue
+        if runs and runs[-1][-1].number + 1 == group.number:
+            runs[-1].append(group)
+        else:
+            runs.append([group])
+    return runs
 
 
 def _gathered(parts: list[Path], order: Tensor) -> Tensor:
@@ -224,7 +234,12 @@ def _gathered(parts: list[Path], order: Tensor) -> Tensor:
     images: Tensor | None = None
     first = 0
     for part in parts:
-        found = load_file(part)["images"]
+        try:
+            found = read_tensors(part)["images"]
+        except (ValueError, OSError) as error:
+            raise GuardbenchError(
+                f"{part}: {brief(error)}; run again to make its images anew."
+            ) from error
         if images is None:
             images = found.new_empty((len(order), *found.shape[1:]))
         images[place[first : first + len(found)]] = found
@@ -360,7 +375,7 @@ class _Recovery:
         value = check_finite(
             loss / groups,
             f"recover, batch {self.number + 1}, step {step + 1}",
-            "lower recover.lr or recover.r_bn in the method's recipe",
+            "lower recover.lr or recover.r_bn, as by --set recover.lr=0.05",
         )
         self.optimizer.step()
         with torch.no_grad():

@@ -336,7 +336,7 @@ class _Matching:
         value = check_finite(
             found.loss,
             f"match, step {iteration + 1}",
-            "lower match.image_lr, match.student_lr or match.lr_lr in the method's recipe",
+            "lower match.image_lr, match.student_lr or match.lr_lr, as by --set match.image_lr=10",
         )
         self.images.grad, self.lr.grad = found.in_images, found.in_lr
         self.optimizer.step()
@@ -345,7 +345,7 @@ class _Matching:
         if not self.lr.item() > 0:
             raise GuardbenchError(
                 f"match, step {iteration + 1}: the student's learning rate fell to "
-                f"{self.lr.item():.3g}; lower match.lr_lr in the method's recipe."
+                f"{self.lr.item():.3g}; lower match.lr_lr, as by --set match.lr_lr=1e-6."
             )
         return value
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from command import clean_environment, guardbench, quick_protocol
 
+from guardbench.data.catalog import dataset_info
 from guardbench.record_files import load_record
 
 
@@ -199,6 +200,21 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, name: str) -> None:
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stdout + result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_the_system_refuses_to_read_is_one_line(tmp_path) -> None:
+    """A link to itself; permissions would say the same, but not to root."""
+    for split in ("train", "val"):
+        for name in dataset_info("imagenette").classes:
+            folder = tmp_path / "data" / "imagenette" / split / name
+            folder.mkdir(parents=True)
+            (folder / "loop.png").symlink_to("loop.png")
+    words = ["--method", "guard", "--dataset", "imagenette", "--data-dir", "data"]
+    result = guardbench("run", *words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "loop.png" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("damage", ["stage", "weights"])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 import guardbench
-from guardbench.data import cache
+from guardbench.data import cache, decode
 from guardbench.data.cache import Entry, cached
 from guardbench.data.decode import short_side_centre
 from guardbench.data.files import cache_root
@@ -337,7 +338,68 @@ def test_killed_builder_goes_on_behind_its_last_whole_shard(
     assert not journal.exists()
 
 
-@pytest.mark.parametrize("fault", ["half a line", "short rows", "changed shard"])
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("place", ["index", "name"])
+def test_a_kill_at_the_very_end_decodes_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, older: bool
+) -> None:
+    """Before the index is written, or between it and the file's name; beside an older entry, too."""
+    if older:
+        build(tmp_path, source("of before"))
+        monkeypatch.setattr(cache, "_HELD", {})
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if place == "index":
+            patched.setattr(cache, "write_text", killed)
+        else:
+            real = Path.replace
+
+            def replace(self: Path, target: Path) -> Path:
+                if self.name.startswith(".made") and self.suffix == ".part":
+                    raise KeyboardInterrupt
+                return real(self, target)
+
+            patched.setattr(Path, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, source(shards=4))
+    decoded: list[int] = []
+
+    def read(index: int) -> Image.Image:
+        decoded.append(index)
+        return noise(index)
+
+    entry = build(tmp_path, source(read=read, shards=4))
+    assert decoded == []
+    assert entry.digest == build(tmp_path / "unbroken", source(shards=4)).digest
+
+
+@pytest.mark.parametrize("cores", [2, 7])
+def test_the_number_of_decoding_threads_moves_no_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    seen: set[int] = set()
+
+    def read(index: int) -> Image.Image:
+        seen.add(threading.get_ident())
+        time.sleep(0.005 if index < 10 else 0.001)  # so that later ones are done sooner
+        return noise(index)
+
+    for order in (range(COUNT), [*range(10, COUNT), *range(10)]):
+        found = []
+        for threads in (1, cores):
+            seen.clear()
+            monkeypatch.setattr(decode, "_cores", lambda threads=threads: threads)
+            many = source(read=read, shards=4, order=order)
+            found.append(build(tmp_path / f"{order[0]} {threads}", many).digest)
+            assert (len(seen) > 1) is (threads > 1)
+            assert len(seen) <= threads
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("fault", ["half a line", "half a letter", "short rows", "changed shard"])
 def test_only_what_is_whole_is_taken_over(tmp_path: Path, fault: str) -> None:
     def broken(index: int) -> Image.Image:
         if index == 35:
@@ -358,12 +420,14 @@ def test_only_what_is_whole_is_taken_over(tmp_path: Path, fault: str) -> None:
 
     if fault == "half a line":
         journal.write_text(journal.read_text()[:-20])
+    elif fault == "half a letter":
+        journal.write_bytes(journal.read_bytes()[:-20] + b"\xc3")
     elif fault == "short rows":
         os.truncate(part, part.stat().st_size - 5 * 192)
     again = source("one" if fault != "changed shard" else "two", read=read, shards=4)
     entry = build(tmp_path, again)
     assert entry.digest == build(tmp_path / "unbroken").digest
-    assert min(decoded) == {"half a line": 20, "short rows": 20, "changed shard": 0}[fault]
+    assert min(decoded) == (0 if fault == "changed shard" else 20)
 
 
 def test_a_resume_that_is_killed_itself_loses_no_shard(

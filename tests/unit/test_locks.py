@@ -8,9 +8,14 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+from accelerate import Accelerator
+
 import guardbench
 from guardbench import locks
 from guardbench.locks import locked
+from guardbench.progress import Progress
+from guardbench.runtime import Run
 
 HOLDER = """
 import sys, time
@@ -93,3 +98,21 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(locks.fcntl, "flock", refuses)
     with locked(tmp_path / ".lock", print) as held:
         assert not held
+    said: list[str] = []
+    run = Run(accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=0, progress=Progress())
+    for number in range(2):
+        folder = run.stage("s", "k", {"a": number})
+        folder.say = said.append
+        with folder.claimed():
+            pass
+    (line,) = said
+    assert line.startswith(f"{tmp_path}: no file locks there")
+
+
+def test_a_lock_that_fails_otherwise_is_no_lock_that_is_absent(tmp_path, monkeypatch) -> None:
+    def fails(_handle: int, _how: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(locks.fcntl, "flock", fails)
+    with pytest.raises(OSError, match="Input/output"), locked(tmp_path / ".lock", print):
+        pass

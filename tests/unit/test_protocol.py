@@ -4,6 +4,7 @@ import random
 import re
 from fractions import Fraction
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -89,6 +90,30 @@ def test_slices_of_seeds_are_disjoint_and_inside_the_list() -> None:
         assert not seen & images
         seen |= images
     assert max(seen) < protocol.test.count
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("ipc = [1, 10, 50, 100]", "ipc = [-3]", "ipc.0"),
+        ("ipc = [1, 10, 50, 100]", "ipc = [1, 1]", "ipc: a number stands twice"),
+        ("seeds = [0, 1, 2]", "seeds = [-1]", "student.seeds.0"),
+        ("seeds = [0, 1, 2]", f"seeds = [{1 << 63}]", "student.seeds.0"),
+        ("seeds = [0, 1, 2]", f"seeds = {[*range(1025)]}", "student.seeds"),
+    ],
+)
+def test_what_no_record_could_hold_is_refused(
+    tmp_path: Path, before: str, after: str, said: str
+) -> None:
+    text = resources.files("guardbench").joinpath("protocols/digits.toml").read_text()
+    assert before in text
+    (tmp_path / "mine.toml").write_text(
+        text.replace(before, after).replace('"digits"', '"mine"', 1)
+    )
+    with pytest.raises(GuardbenchError) as caught:
+        load_protocol(str(tmp_path / "mine.toml"))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_images_than_the_protocols_are_refused() -> None:

@@ -24,6 +24,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress, clock
 from guardbench.runtime import Run, check_finite
 from guardbench.scoring import Costs
+from guardbench.sealed import write_sealed
 from guardbench.stages import StageFolder
 from guardbench.store import explained
 
@@ -72,7 +73,9 @@ def test_a_checkpoint_comes_back_with_its_seconds_and_goes_at_the_end(tmp_path) 
     assert not folder.checkpoint_path.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04broken", "truncated", "another's"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"PK\x03\x04broken", "truncated", "another's", "flipped"]
+)
 def test_a_damaged_checkpoint_is_set_aside_and_its_stage_begins_anew(tmp_path, content) -> None:
     folder, said = stage_that_says(tmp_path)
     folder.path.mkdir(parents=True)
@@ -82,7 +85,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_stage_begins_anew(tmp_path, c
         of.begin(CPU)
         of.checkpoint({"step": 3, "tensor": torch.rand(1000)})
         whole = of.checkpoint_path.read_bytes()
-        content = whole[:3000] if content == "truncated" else whole
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1  # in the tensor, where torch would not notice
+        content = {"truncated": whole[:3000], "flipped": bytes(flipped)}.get(content, whole)
     folder.checkpoint_path.write_bytes(content)
     assert folder.begin(CPU) is None
     (line,) = said
@@ -98,12 +103,30 @@ def test_a_checkpoint_is_never_unpickled(tmp_path, capsys) -> None:
         def __reduce__(self):
             return (print, ("executed",))
 
-    folder, said = stage_that_says(tmp_path)
-    folder.path.mkdir(parents=True)
-    torch.save({"key": folder.key, "seconds": 0, "state": Evil()}, folder.checkpoint_path)
-    assert folder.begin(CPU) is None
-    assert "unreadable checkpoint" in said[0]
+    folder, _ = stage_that_says(tmp_path)
+    buffer = io.BytesIO()
+    torch.save({"key": folder.key, "seconds": 0, "state": Evil()}, buffer)
+    write_sealed(folder.checkpoint_path, buffer.getvalue())
+    with pytest.raises(GuardbenchError, match="cannot be read now"):
+        folder.begin(CPU)
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, error) -> None:
+    folder, said = stage_that_says(tmp_path)
+    folder.begin(CPU)
+    folder.checkpoint({"step": 3})
+
+    def fails(_: object) -> bytes:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "read_sealed", fails)
+        with pytest.raises(GuardbenchError, match="run again to go on from it"):
+            folder.begin(CPU)
+    assert folder.begin(CPU) == {"step": 3}
+    assert not said
 
 
 def stage_that_says(tmp_path) -> tuple[StageFolder, list[str]]:

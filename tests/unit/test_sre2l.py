@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save
 
 from guardbench import stages
 from guardbench.data.augment import draw_crops
@@ -23,6 +22,7 @@ from guardbench.distillers.sre2l import (
     SRe2L,
     _chunks,
     _groups,
+    _left,
     _part,
     _ready,
     _recover_folder,
@@ -36,8 +36,8 @@ from guardbench.processes import Processes
 from guardbench.progress import Progress
 from guardbench.regularisers.base import Batch, build_regulariser
 from guardbench.runtime import Run
+from guardbench.sealed import write_tensors
 from guardbench.stages import StageFolder
-from guardbench.store import write_bytes
 from guardbench.threat import ThreatModel
 
 
@@ -371,20 +371,24 @@ def test_a_teacher_of_split_batch_statistics_is_not_that_of_one_process(tmp_path
 
 def test_recovered_chunks_are_found_again_whatever_their_size(tmp_path) -> None:
     groups = _groups(10, 5, Recover(iterations=1, lr=0.1, r_bn=1.0, jitter=0))
-    write_bytes(_part(tmp_path, 0), save({"images": torch.zeros(20, 1, 2, 2)}))
-    assert _ready(tmp_path, groups, print) == ([_part(tmp_path, 0)], 2)
-    write_bytes(_part(tmp_path, 2), save({"images": torch.zeros(30, 1, 2, 2)}))
-    assert _ready(tmp_path, groups, print)[1] == 5, "a chunk of a run with more processes"
+    write_tensors(_part(tmp_path, 0), {"images": torch.zeros(20, 1, 2, 2)})
+    assert _ready(tmp_path, groups, print) == {0: 2}
+    write_tensors(_part(tmp_path, 2), {"images": torch.zeros(30, 1, 2, 2)})
+    assert _ready(tmp_path, groups, print) == {0: 2, 2: 3}, "of a run with more processes"
+    assert _left(groups, {0: 2, 2: 3}) == []
+    assert [[g.number for g in run] for run in _left(groups, {1: 1, 4: 1})] == [[0], [2, 3]]
 
 
 def test_a_damaged_chunk_is_recovered_anew_and_told(tmp_path) -> None:
     groups = _groups(10, 3, Recover(iterations=1, lr=0.1, r_bn=1.0, jitter=0))
     for first in range(3):
-        write_bytes(_part(tmp_path, first), save({"images": torch.zeros(10, 1, 2, 2)}))
+        write_tensors(_part(tmp_path, first), {"images": torch.rand(10, 1, 2, 2)})
     whole = _part(tmp_path, 1).read_bytes()
-    for damaged in (b"", b"rubbish", whole[:-7]):
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    for damaged in (b"", b"rubbish", whole[:-7], bytes(flipped)):
         said = []
         _part(tmp_path, 1).write_bytes(damaged)
-        assert _ready(tmp_path, groups, said.append) == ([_part(tmp_path, 0)], 1)
+        assert _ready(tmp_path, groups, said.append) == {0: 1, 2: 1}, "the others stay"
         assert len(said) == 1
         assert "recovered-00001.safetensors: unreadable" in said[0]

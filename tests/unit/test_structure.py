@@ -32,7 +32,7 @@ ROOMS = [
     ["published", "hub"],
     ["ranking", "leaderboard", "board_diff", "compare", "report", "diagnosed"],
     ["filing", "site"],
-    ["processes", "devices", "stages", "runtime", "provenance"],
+    ["processes", "devices", "sealed", "stages", "runtime", "provenance"],
     ["data"],
     ["ball", "models", "batch_norm", "normalisation", "tensor_files"],
     ["distilled", "imported", "regularisers"],

@@ -527,6 +527,8 @@ def test_what_does_not_fit_on_the_disk_is_refused(monkeypatch, here) -> None:
         (["--methods", "random,random", "--datasets", "digits"], "stands twice"),
         (["--methods", "randon", "--datasets", "digits"], "Did you mean random"),
         (["--methods", "random", "--datasets", "cifar100"], "no protocol measures"),
+        (["--methods", "random", "--datasets", "digits", "--launch", "acelerate x"], "no command acelerate"),
+        (["--methods", "random", "--datasets", "digits", "--launch", "a 'b"], "No closing quotation"),
         (["none.toml"], "none.toml: cannot read suite"),
         (["none.toml", "--set", "a.b=1"], "stand in the file"),
     ],

@@ -130,6 +130,10 @@ def test_a_damaged_file_of_an_unfinished_relabel_is_written_again(tmp_path, top_
     store.write(3, logits[:19])
     store.path(4).write_bytes(b"")
     assert store.left(6, 20) == [1, 2, 3, 4, 5]
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1  # in a number, where the file still has its form
+    store.path(0).write_bytes(flipped)
+    assert store.left(1, 20) == [0]
     store.write(1, logits)
     assert store.path(1).read_bytes() == whole
     other = LabelStore(tmp_path, classes=10, top_k=None if top_k else 5)

@@ -1,0 +1,59 @@
+"""The command line around the verbs: what a machine refuses is one line, and who speaks."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from guardbench.cli.options import process_rank
+from guardbench.errors import GuardbenchError
+from guardbench.store import check_writable
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "memory ran out; what was saved stays"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"), "memory ran out"),
+        (MemoryError(), "memory ran out"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "data/n1"),
+            "data/n1: Permission denied",
+        ),
+    ],
+)
+def test_what_a_machine_refuses_is_one_line(
+    error: Exception, said: str, monkeypatch, capsys
+) -> None:
+    from guardbench import cli
+
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "found"), [("1", "2", 1), ("1", "1", 0), ("1", "", 0), ("x", "2", 0)]
+)
+def test_a_rank_that_is_left_over_silences_nothing(monkeypatch, rank, world, found) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert process_rank() == found
+
+
+def test_a_checkout_is_no_workspace(tmp_path: Path, monkeypatch) -> None:
+    """Its public boards have no record under `records/`, and would be removed."""
+    (tmp_path / "baselines").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, Path()):
+        with pytest.raises(GuardbenchError, match="it is a checkout of guardbench"):
+            check_writable(folder)
+    check_writable(tmp_path / "guardbench-runs")
