@@ -96,8 +96,8 @@ def main() -> None:
             if error.filename is None:
                 raise
             _fail(
-                f"{error.filename}: {error.strerror}; mend that (permissions, a broken link, the disk), or name "
-                "another folder."
+                f"{error.filename}: {error.strerror}; mend that (permissions, a broken link, the disk), or "
+                "name another folder."
             )
         except Exception as error:
             words = _mistyped(error)
