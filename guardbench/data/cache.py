@@ -25,7 +25,6 @@ from guardbench import canonical
 from guardbench.data.decode import PREPROCESSING, Block, Digest, decoded
 from guardbench.data.files import (
     CACHE_VARIABLE,
-    cache_writes,
     locked,
     remove_stale_parts,
     require_space,
@@ -34,7 +33,7 @@ from guardbench.data.pixels import PixelFile
 from guardbench.data.source import Shard, Source
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
-from guardbench.store import read_text, write_text
+from guardbench.store import explained, read_text, write_text
 
 _FORMAT = 1
 _META_LIMIT = 1 << 30
@@ -105,7 +104,7 @@ def cached(source: Source, resolution: int, root: Path, name: str, progress: Pro
             remove_stale_parts(place.with_name(f".{place.name}.journal"))
         else:  # two may build, so each has files of its own
             place = place.with_name(f"{place.name}-{os.getpid()}")
-        with cache_writes(target):
+        with explained(target, option=CACHE_VARIABLE):
             _meta_path(target).unlink(missing_ok=True)
             _Build(target, place, source, resolution).run(progress, what, kept=held)
     entry = _read(target, source, resolution)

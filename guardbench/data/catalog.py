@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from guardbench.errors import GuardbenchError
+from guardbench.protocol import unknown
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -258,11 +257,9 @@ def dataset_info(name: str) -> DatasetInfo:
     Raises:
         GuardbenchError: there is no such dataset; the line names the nearest one.
     """
-    if name in CATALOG:
-        return CATALOG[name]
-    near = difflib.get_close_matches(name.lower(), CATALOG, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise GuardbenchError(f"Unknown dataset {name!r}: {hint}known are {', '.join(CATALOG)}.")
+    if name not in CATALOG:
+        raise unknown("dataset", name, CATALOG)
+    return CATALOG[name]
 
 
 def class_names(name: str) -> tuple[str, ...]:

@@ -18,10 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from guardbench.data.catalog import Archive, DatasetInfo
-from guardbench.data.files import cache_writes, locked, require_space
+from guardbench.data.files import CACHE_VARIABLE, locked, require_space
 from guardbench.data.locate import Located, how_to_place
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress, Stage
+from guardbench.store import explained
 
 TIMEOUT_S = 10.0
 MAX_STALLS = 3
@@ -97,7 +98,7 @@ def fetch(
     if target.is_file() and _digest(target, hexdigest) == hexdigest:
         return
     part = target.with_name(f"{target.name}.part")
-    with cache_writes(part):
+    with explained(part, option=CACHE_VARIABLE):
         part.parent.mkdir(parents=True, exist_ok=True)
     stalls, furthest = 0, _size(part)
     while not _continue(opener, url, part, limit, progress, timeout):
@@ -209,7 +210,7 @@ def _receive(
         _within(limit, whole, url, part)
         require_space(part, whole - start)
     with (
-        cache_writes(part),
+        explained(part, option=CACHE_VARIABLE),
         part.open("ab" if start else "wb") as stream,
         progress.stage(
             f"download {part.stem}",
@@ -247,11 +248,11 @@ def unpack(archive_file: Path, folder: Path, archive: Archive, progress: Progres
         GuardbenchError: the archive is broken, reaches outside its folder, or lacks it.
     """
     scratch = folder.with_name(f".{folder.name}.unpacking")
-    with cache_writes(folder):
+    with explained(folder, option=CACHE_VARIABLE):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     try:
-        with cache_writes(folder):
+        with explained(folder, option=CACHE_VARIABLE):
             if archive.filename.endswith(".zip"):
                 _unzip(archive_file, scratch, progress)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,10 +11,9 @@ from pathlib import Path
 from guardbench import locks
 from guardbench.errors import GuardbenchError
 from guardbench.progress import Progress
+from guardbench.store import explained
 
 CACHE_VARIABLE = "GUARDBENCH_CACHE"
-_WAY_OUT = f"choose another cache folder with {CACHE_VARIABLE}"
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def cache_root(cache_dir: Path | None) -> Path:
@@ -26,43 +24,19 @@ def cache_root(cache_dir: Path | None) -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "guardbench"
 
 
-@contextmanager
-def cache_writes(target: Path) -> Iterator[None]:
-    """Turns a refusal to write below the cache into one line that names the cache's setting.
-
-    `store.explained` does the same for results, whose way out is `--output`.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise GuardbenchError(
-            f"{error.filename or target}: was removed while it was needed; run the same command again."
-        ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise GuardbenchError(
-                f"{target}: the disk is full; free some space or {_WAY_OUT}."
-            ) from error
-        if error.errno in _REFUSED:
-            raise GuardbenchError(
-                f"{target}: cannot be written ({error.strerror}); {_WAY_OUT}."
-            ) from error
-        raise
-
-
 def require_space(target: Path, size: int) -> None:
     """Refuses to begin writing `size` bytes beside `target` where they cannot fit.
 
     Raises:
         GuardbenchError: the file system has less space left than that.
     """
-    with cache_writes(target):
+    with explained(target, option=CACHE_VARIABLE):
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
     if free < size:
         raise GuardbenchError(
             f"{target.parent}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
-            f"free some space or {_WAY_OUT}."
+            f"free some space or choose another folder with {CACHE_VARIABLE}."
         )
 
 
@@ -82,7 +56,7 @@ def locked(target: Path, progress: Progress, what: str) -> Iterator[bool]:
         progress.say(f"{what}: waiting for another process that is at it: {holder}")
 
     with ExitStack() as stack:
-        with cache_writes(lock):
+        with explained(lock, option=CACHE_VARIABLE):
             held = stack.enter_context(locks.locked(lock, waiting))
         yield held
 

@@ -163,7 +163,7 @@ BAD = {
     "no number": (["--method", "guard", "--dataset", "digits", "--ipc", "many"], "'--ipc'"),
     "capitals": (["--method", "GUARD", "--dataset", "digits"], "Did you mean guard"),
     "method": (["--method", "gaurd", "--dataset", "digits"], "Did you mean guard"),
-    "dataset": (["--method", "guard", "--dataset", "digit"], "did you mean 'digits'"),
+    "dataset": (["--method", "guard", "--dataset", "digit"], "Did you mean digits"),
     "protocol": (["--method", "guard", "--protocol", "cifar10_8"], "Did you mean cifar10-8"),
     "nothing": (["--method", "guard"], "--dataset digits"),
     "both": (["--method", "guard", "--dataset", "digits", "--protocol", "cifar10"], "drop one"),

@@ -203,8 +203,8 @@ BROKEN = {
     ),
     "unknown dataset": (
         rewritten(dataset='"digit"'),
-        "submission.toml: dataset: Unknown dataset 'digit': did you mean 'digits'? known are digits, "
-        "imagenette, cifar10, cifar100, tiny-imagenet, imagenet.",
+        "submission.toml: dataset: unknown dataset 'digit'. Did you mean digits? Known: cifar10, cifar100, "
+        "digits, imagenet, imagenette, tiny-imagenet.",
     ),
     "path upwards": (
         rewritten(path='"../../etc/passwd"'),
