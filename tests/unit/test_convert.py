@@ -1020,4 +1020,4 @@ def test_the_command_refuses_in_one_line_and_leaves_nothing(tmp_path, images):
     assert "none of" in str(done.exception)
     assert not (tmp_path / "out").exists()
     done = run(path, "--output", tmp_path / "out", "--dataset", "cifar11")
-    assert "did you mean 'cifar10'" in str(done.exception)
+    assert "Did you mean cifar10?" in str(done.exception)

@@ -108,6 +108,8 @@ def stored(made, path=None):
     words = made.model_dump(mode="json") | {"schema_version": 3}
     for run in words["seeds"]:
         del run["references"]
+    for cost in words["cost"]:
+        del cost["after"]
     return RecordFile(path, canonical.digest(words), made)
 
 
