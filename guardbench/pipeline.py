@@ -41,7 +41,7 @@ from guardbench.registry import DISTILLERS, REGULARISERS, resolve
 from guardbench.runtime import Run
 from guardbench.scoring import Costs
 from guardbench.scoring_plan import engines_used
-from guardbench.store import check_writable, explained
+from guardbench.store import check_workspace, explained
 from guardbench.tier import sample_size
 from guardbench.training import STUDENT
 
@@ -180,7 +180,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         settings.output / "trackers",
     )
     checkout = checkout_for(protocol) if settings.publish else None
-    Processes(accelerator).from_main(lambda: check_writable(settings.output))
+    Processes(accelerator).from_main(lambda: check_workspace(settings.output))
     info = dataset_info(protocol.dataset)
     sample = sample_size(protocol, info.num_classes, settings.tier, settings.images)
     decoded = partial(

@@ -145,16 +145,8 @@ def explained(target: Path, *, option: str = "--output") -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Asks the file system now, not after an hour of work; leaves nothing behind.
-
-    A checkout is refused: what a workspace's boards hold would take the place of its public ones.
-    """
+    """Asks the file system now, not after an hour of work; leaves nothing behind."""
     with explained(folder):
-        if (folder / "baselines").is_dir() and (folder / "pyproject.toml").is_file():
-            raise GuardbenchError(
-                f"--output {folder}: it is a checkout of guardbench, whose public boards would be replaced; "
-                "choose a folder of its own, such as guardbench-runs."
-            )
         there = folder.absolute()
         while not there.exists():
             there = there.parent
@@ -162,3 +154,13 @@ def check_writable(folder: Path) -> None:
             raise NotADirectoryError(20, "it is a file, not a folder")
         with tempfile.NamedTemporaryFile(prefix=_PROBE, dir=there):
             pass
+
+
+def check_workspace(folder: Path) -> None:
+    """As `check_writable`; and refuses a checkout, whose public boards a workspace's would replace."""
+    check_writable(folder)
+    if (folder / "baselines").is_dir() and (folder / "pyproject.toml").is_file():
+        raise GuardbenchError(
+            f"--output {folder}: it is a checkout of guardbench, whose public boards would be replaced; "
+            "choose a folder of its own, such as guardbench-runs."
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_COLUMN = """A column of a protocol; with all that has no default, lengths in pixels are fractions in quotes:
+_COLUMN = """A column of a protocol gives all that has no default; lengths in pixels are fractions in quotes:
 
     [[attacks]]
     name = "pgd20"
@@ -26,10 +26,13 @@ def attacks() -> None:
 
     from guardbench.attacks.build import ATTACKS, class_of, parameters
 
+    def shown(default: object) -> str:
+        return f'"{default}"' if isinstance(default, str) else str(default)
+
     table = Table("kind", "norms", "parameters and defaults", "source")
     for kind, (_, source, norms) in ATTACKS.items():
         known = [
-            field.name if field.default in (MISSING, "") else f"{field.name} = {field.default}"
+            field.name if field.default is MISSING else f"{field.name} = {shown(field.default)}"
             for field in fields(class_of(kind))
             if field.name in parameters(class_of(kind)) and field.name != "engine"
         ]

@@ -90,10 +90,8 @@ def _require_memory(count: int, size: int) -> None:
     """
     import psutil  # type: ignore[import-untyped]
 
-    needed, free = (
-        3 * count * size,
-        psutil.virtual_memory().available,
-    )  # adversarial ones, and a copy
+    # The images, their adversarial ones, and a copy.
+    needed, free = 3 * count * size, psutil.virtual_memory().available
     if needed > free:
         from guardbench.report import byte_size
 

@@ -43,7 +43,7 @@ from guardbench.runtime import Run
 from guardbench.scoring import Costs
 from guardbench.scoring_plan import engines_used
 from guardbench.stages import StageFolder
-from guardbench.store import check_writable, explained
+from guardbench.store import check_workspace, explained
 from guardbench.submissions.check import Report, check, protocols_for, read_form, recipe_of
 from guardbench.submissions.fetch import fetch_data
 from guardbench.submissions.form import FORM, Submission
@@ -179,7 +179,7 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
     """
     if settings.publish and (settings.tier == "dev" or settings.smoke):
         raise GuardbenchError("--publish: a dev record is unofficial; publish without --tier dev.")
-    check_writable(settings.output)
+    check_workspace(settings.output)
     report, real = check_submission(
         settings.folder,
         data_dir=settings.data_dir,

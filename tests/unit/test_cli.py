@@ -8,7 +8,7 @@ import torch
 
 from guardbench.cli.options import process_rank
 from guardbench.errors import GuardbenchError
-from guardbench.store import check_writable
+from guardbench.store import check_workspace, check_writable
 
 
 @pytest.mark.parametrize(
@@ -55,5 +55,6 @@ def test_a_checkout_is_no_workspace(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, Path()):
         with pytest.raises(GuardbenchError, match="it is a checkout of guardbench"):
-            check_writable(folder)
-    check_writable(tmp_path / "guardbench-runs")
+            check_workspace(folder)
+        check_writable(folder)  # a plot or a table may lie there
+    check_workspace(tmp_path / "guardbench-runs")
