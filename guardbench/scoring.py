@@ -136,8 +136,7 @@ def images_at_a_time(attack: Attack, x: Tensor) -> int:
     if run_by(attack) == "reference":
         return attack_batch(x.shape[-1])
     whole = 4 * rows_at_once(x)
-    # On a CPU a network's own memory is small beside that of so many small images.
-    return whole if x.is_cuda else min(whole, 1024)
+    return whole if x.is_cuda else min(whole, 512)
 
 
 def attack_batch(resolution: int) -> int:
