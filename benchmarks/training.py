@@ -1,6 +1,6 @@
 """Training speed of ResNet-18: our small-map convolutions against PyTorch's own, in one run.
 
-    python benchmarks/training.py --resolution 64 --batch 32
+    python benchmarks/training.py --resolution 64 --batch 32 --precision bf16
 
 Rounds alternate between the two, so that a neighbour's load hits both; the ratio is the median over
 rounds. The update of the weights is part of a step, as it is in squeeze.
@@ -22,6 +22,7 @@ def main() -> None:
     words.add_argument("--resolution", type=int, default=64)
     words.add_argument("--batch", type=int, default=32)
     words.add_argument("--steps", type=int, default=10, help="steps a round")
+    words.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     words.add_argument("--rounds", type=int, default=7)
     words.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = words.parse_args()
@@ -39,7 +40,9 @@ def main() -> None:
             if step == 2:
                 begun = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(net(x), y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+                logits = net(x)
+            F.cross_entropy(logits.float(), y).backward()
             optimizer.step()
         return args.steps * args.batch / (time.perf_counter() - begun)
 

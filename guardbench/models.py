@@ -77,9 +77,12 @@ class SmallMapConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         side = input.shape[-1] // self.stride[0]
         plain = bias is not None or self.groups > 1 or self.dilation != (1, 1)
-        if input.is_cuda or plain or side > SMALL_MAP or torch.is_autocast_enabled("cpu"):
+        if input.is_cuda or plain or side > SMALL_MAP:
             answer: Tensor = super()._conv_forward(input, weight, bias)
             return answer
+        if torch.is_autocast_enabled("cpu"):  # which knows PyTorch's own convolutions alone
+            dtype = torch.get_autocast_dtype("cpu")
+            input, weight = input.to(dtype), weight.to(dtype)
         result: Tensor = _UnfoldedGradient.apply(input, weight, self.stride, self.padding)
         return result
 

@@ -173,6 +173,30 @@ def test_small_map_convolution_has_pytorchs_gradients(kernel: int, stride: int, 
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("side", [2, 4, 5])
+def test_small_map_convolution_under_autocast_has_pytorchs_dtypes_and_gradients(side: int) -> None:
+    generator = torch.Generator().manual_seed(side)
+    fast = SmallMapConv2d(8, 16, 3, padding=1, bias=False)
+    plain = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+    plain.load_state_dict(fast.state_dict())
+    x = torch.randn(6, 8, side, side, generator=generator, requires_grad=True)
+    found = []
+    for layer in (fast, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        assert out.dtype == torch.bfloat16
+        loss = out.float().square().sum()
+        found.append((out, *torch.autograd.grad(loss, (x, layer.weight))))
+    for got, want in zip(*found, strict=True):
+        assert got.dtype == want.dtype
+        # Both sum in float32 and round once to bfloat16's 8 bits.
+        torch.testing.assert_close(
+            got, want, rtol=2e-2, atol=2e-2 * float(want.detach().abs().max())
+        )
+        cosine = nn.functional.cosine_similarity(got.float().flatten(), want.float().flatten(), 0)
+        assert cosine > 0.9999
+
+
 def test_small_map_convolution_can_be_differentiated_twice() -> None:
     layer = SmallMapConv2d(2, 3, 3, padding=1, bias=False, dtype=torch.float64)
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
