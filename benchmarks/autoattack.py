@@ -9,7 +9,10 @@ neighbour's load or a slow minute hits both. Prints for each model and radius th
 the places of the images on which they differ, seconds, their ratio and peak memory, and at the end the
 same over all, with a sign test. pyautoattack gets the one of the batch sizes --batch at which bare
 loops of the model are fastest; it sees the model as it is, the engine its folded copy, as in `guardbench
-evaluate`. With `--tier dev` the engine runs a third time, as that tier searches on this device.
+evaluate`. The networks of this package hold their maps channels-last, which gives pyautoattack a faster pass
+than torchvision's own: with `--peer contiguous` it gets the same weights in PyTorch's default order, as its
+users have them (both may be named). With `--tier dev` the engine runs once more, as that tier searches on
+this device.
 `--torchattacks N` asks torchattacks' AutoAttack too, in batches of 25 as the paper has them, against the
 engine on the first N images alone, since it takes long (it asks for an old `requests`: install it with
 --no-deps).
@@ -19,6 +22,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -37,12 +41,14 @@ from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.devices import MemoryMeter, bf16_gains, device_name, make_accelerator
 from guardbench.imported import from_file
+from guardbench.models import Classifier
 from guardbench.progress import Progress, clock
 from guardbench.protocol import load_protocol
 from guardbench.scoring import images_at_a_time
 from guardbench.threat import ThreatModel
 
-ENGINES = ("pyautoattack", "guardbench")
+PEERS = {"channels-last": "pyautoattack", "contiguous": "pyautoattack, contiguous"}
+OURS = "guardbench"
 DEV = "dev tier"
 TORCHATTACKS = "torchattacks"
 PAPERS_BATCH = 25
@@ -61,7 +67,7 @@ class Measured:
         """The table of one model at one radius, or of all."""
         reference, *others = self.robust
         found = [
-            f"  {name:<13}{100 * self.robust[name].float().mean():6.2f}% robust"
+            f"  {name:<25}{100 * self.robust[name].float().mean():6.2f}% robust"
             f"{clock(self.seconds[name]):>14}  {self.memory[name] / 1e9:.2f} GB"
             for name in self.robust
         ]
@@ -119,8 +125,9 @@ def contestant(engine: str, question: Question, batch: int) -> Callable[[], tupl
     """
     model, x, y, threat = question.load()
     right = score_clean(model, x, y).nonzero().squeeze(1)
-    if engine == "pyautoattack":
-        return lambda: by_pyautoattack(model, x, y, right, threat, batch)
+    if engine in PEERS.values():
+        peer = peers_model(engine, model)
+        return lambda: by_pyautoattack(peer, x, y, right, threat, batch)
     if engine == TORCHATTACKS:
         return lambda: by_torchattacks(model, x, y, right, threat)
     attack = AutoAttack(threat=threat)
@@ -139,6 +146,26 @@ def contestant(engine: str, question: Question, batch: int) -> Callable[[], tupl
         return robust.tolist(), meter.peak()
 
     return run
+
+
+class Contiguous(nn.Module):
+    """A network of this package, as an equal one of torchvision's would run: maps in NCHW order."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = deepcopy(model).to(memory_format=torch.contiguous_format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.model.backbone((x - self.model.mean) / self.model.std)
+        return answer
+
+
+def peers_model(engine: str, model: nn.Module) -> nn.Module:
+    """What pyautoattack attacks: the network as it is, or in PyTorch's default memory format."""
+    if engine == PEERS["channels-last"]:
+        return model
+    assert isinstance(model, Classifier), "no other network is channels-last of itself"
+    return Contiguous(model).eval()
 
 
 def by_pyautoattack(
@@ -181,8 +208,12 @@ def by_torchattacks(
 def measure(question: Question, names: list[str], batches: list[int]) -> Measured:
     """Runs the engines in turns; ratios are to the first."""
     model, x, *_ = question.load()
-    batch = fastest(model, x.to(DEVICE), batches)
-    found = in_turns(contestant, {name: (name, question, batch) for name in names})
+    asked = {
+        name: fastest(name, peers_model(name, model), x.to(DEVICE), batches)
+        for name in names
+        if name in PEERS.values()
+    }
+    found = in_turns(contestant, {name: (name, question, asked.get(name, 0)) for name in names})
     return Measured(
         {name: torch.tensor(robust) for name, ((robust, _), _) in found.items()},
         {name: seconds for name, (_, seconds) in found.items()},
@@ -213,7 +244,7 @@ def now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-def fastest(model: nn.Module, x: Tensor, batches: list[int]) -> int:
+def fastest(name: str, model: nn.Module, x: Tensor, batches: list[int]) -> int:
     """The batch size at which a forward and a gradient pass over an image take the least time."""
     if len(batches) == 1:
         return batches[0]
@@ -223,9 +254,7 @@ def fastest(model: nn.Module, x: Tensor, batches: list[int]) -> int:
         seconds[size] = 1 / forward + 1 / gradient
     best = min(seconds, key=lambda size: seconds[size])
     told = ", ".join(f"{1e3 * seconds[size]:.2f} ms at {size}" for size in batches)
-    print(
-        f"  pyautoattack's batch: {best} (an image's forward and gradient pass: {told})", flush=True
-    )
+    print(f"  {name}: batch {best} (an image's forward and gradient pass: {told})", flush=True)
     return best
 
 
@@ -363,6 +392,13 @@ def main() -> None:
         default=[32, 64, 128, 256, 512],
         help="images that pyautoattack gets at once; of several the best is found",
     )
+    words.add_argument(
+        "--peer",
+        choices=PEERS,
+        nargs="+",
+        default=["channels-last"],
+        help="memory format of the network that pyautoattack gets; ratios are to the first",
+    )
     words.add_argument("--tier", choices=("official", "dev"), default="official")
     words.add_argument("--torchattacks", type=int, metavar="N", help="against it too, on N images")
     words.add_argument("--eps", type=Fraction, nargs="+", help="instead of the protocol's")
@@ -387,7 +423,8 @@ def main() -> None:
                 weights, args.arch, args.normalisation, args.protocol, args.images, eps,
                 args.data_dir, args.cache_dir,
             )  # fmt: skip
-            names = [*ENGINES, *([DEV] if args.tier == "dev" else [])]
+            names = [*(PEERS[peer] for peer in args.peer), OURS]
+            names += [DEV] if args.tier == "dev" else []
             parts.append(measure(question, names, args.batch))
             print(
                 f"{weights.stem}, {protocol.threat.norm} {eps}",
@@ -397,13 +434,13 @@ def main() -> None:
             )
             if args.torchattacks:
                 few = replace(question, images=args.torchattacks)
-                found = measure(few, [TORCHATTACKS, ENGINES[1]], [PAPERS_BATCH])
+                found = measure(few, [TORCHATTACKS, OURS], [])
                 print(f"  on {few.images} of them", *found.lines(), sep="\n", flush=True)
             if args.shares:
                 print(*shares(*question.load(), compiling=args.compile), sep="\n", flush=True)
     if len(parts) > 1:
         whole = together(parts)
-        print(f"all, {len(whole.robust[ENGINES[0]])} verdicts", *whole.lines(), sep="\n")
+        print(f"all, {len(whole.robust[OURS])} verdicts", *whole.lines(), sep="\n")
 
 
 def sign_test(higher: int, lower: int) -> float:
