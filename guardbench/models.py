@@ -77,45 +77,62 @@ class SmallMapConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         side = input.shape[-1] // self.stride[0]
         plain = bias is not None or self.groups > 1 or self.dilation != (1, 1)
-        if input.is_cuda or plain or side > SMALL_MAP:
+        if input.device.type != "cpu" or plain or side > SMALL_MAP:
             answer: Tensor = super()._conv_forward(input, weight, bias)
             return answer
-        if torch.is_autocast_enabled("cpu"):  # which knows PyTorch's own convolutions alone
+        # Autocast knows PyTorch's own convolutions alone; float64 it leaves as it is.
+        if torch.is_autocast_enabled("cpu") and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype("cpu")
             input, weight = input.to(dtype), weight.to(dtype)
-        result: Tensor = _UnfoldedGradient.apply(input, weight, self.stride, self.padding)
-        return result
+        # Apart, so that an attack, which asks for the images' gradient alone, does not pay for the weights'.
+        answer = cast("Tensor", _InputGradient.apply(input, (weight, self.stride, self.padding)))
+        if weight.requires_grad and torch.is_grad_enabled():
+            answer = answer + _WeightGradient.apply(
+                weight, (input, self.stride, self.padding, answer)
+            )
+        return answer
 
 
-class _UnfoldedGradient(torch.autograd.Function):
-    """See `SmallMapConv2d`. Its backward is differentiable, as the double-backward curvature needs."""
+class _InputGradient(torch.autograd.Function):
+    """The convolution, and its gradient in the images; see `SmallMapConv2d`.
+
+    What an autograd function gets in a tuple is held and not differentiated in; both backwards are made of
+    what can be differentiated again, as the double-backward curvature needs.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
-    ) -> Tensor:
-        ctx.save_for_backward(images, weight)
-        ctx.stride, ctx.padding = stride, padding
+    def forward(ctx: Any, images: Tensor, held: tuple[Any, ...]) -> Tensor:
+        ctx.held, ctx.shape = held, images.shape
+        weight, stride, padding = held
         return F.conv2d(images, weight, None, stride, padding)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        weight, stride, padding = ctx.held
         (gradient,) = gradients
-        images, weight = ctx.saved_tensors
-        in_images = in_weight = None
-        if ctx.needs_input_grad[0]:
-            in_images = conv2d_input(  # type: ignore[no-untyped-call]
-                images.shape, weight, gradient, ctx.stride, ctx.padding
-            )
-        if ctx.needs_input_grad[1]:
-            high, wide = weight.shape[2:]
-            down, right = ctx.padding
-            padded = F.pad(images, (right, right, down, down)).permute(0, 2, 3, 1)
-            patches = padded.unfold(1, high, ctx.stride[0]).unfold(2, wide, ctx.stride[1])
-            rows = patches.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
-            product = gradient.permute(0, 2, 3, 1).flatten(0, 2).t() @ rows
-            in_weight = product.view(len(weight), high, wide, -1).permute(0, 3, 1, 2)
-        return in_images, in_weight, None, None
+        found: Tensor = conv2d_input(ctx.shape, weight, gradient, stride, padding)  # type: ignore[no-untyped-call]
+        return found, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """Zeros, and the convolution's gradient in the weights; see `SmallMapConv2d`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, held: tuple[Any, ...]) -> Tensor:
+        ctx.held, ctx.kernel = held[:3], weight.shape
+        answer: Tensor = held[3]
+        return answer.new_zeros(()).expand_as(answer)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        images, stride, (down, right) = ctx.held
+        count, _, high, wide = ctx.kernel
+        (gradient,) = gradients
+        padded = F.pad(images, (right, right, down, down)).permute(0, 2, 3, 1)
+        patches = padded.unfold(1, high, stride[0]).unfold(2, wide, stride[1])
+        rows = patches.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
+        product = gradient.permute(0, 2, 3, 1).flatten(0, 2).t() @ rows
+        return product.view(count, high, wide, -1).permute(0, 3, 1, 2), None
 
 
 def _with_small_map_convolutions(net: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from guardbench import models
 from guardbench.errors import GuardbenchError
 from guardbench.models import (
     ARCHITECTURES,
@@ -195,6 +196,22 @@ def test_small_map_convolution_under_autocast_has_pytorchs_dtypes_and_gradients(
         )
         cosine = nn.functional.cosine_similarity(got.float().flatten(), want.float().flatten(), 0)
         assert cosine > 0.9999
+
+
+def test_a_gradient_in_the_images_alone_takes_none_of_the_weights(monkeypatch) -> None:
+    asked: list[int] = []
+    original = models._WeightGradient.backward
+    monkeypatch.setattr(
+        models._WeightGradient,
+        "backward",
+        staticmethod(lambda ctx, *gradients: asked.append(1) or original(ctx, *gradients)),
+    )
+    net = build_model("resnet18", channels=3, classes=2, resolution=64, seed=0)
+    x = torch.rand(2, 3, 64, 64, requires_grad=True)
+    torch.autograd.grad(net(x).sum(), x)
+    assert not asked
+    net(x).sum().backward()
+    assert len(asked) == 10
 
 
 def test_small_map_convolution_can_be_differentiated_twice() -> None:
