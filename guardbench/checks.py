@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guardbench.attacks.apgd import APGD
-from guardbench.attacks.base import LOGIT_NOISE, Attack, frozen
+from guardbench.attacks.base import Attack, frozen, rounding
 from guardbench.attacks.fgsm import FGSM
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.square import Square
@@ -28,7 +28,7 @@ from guardbench.protocol import Protocol
 from guardbench.records import Check, SeedRun
 from guardbench.threat import ThreatModel
 
-CHECKS_VERSION = 3
+CHECKS_VERSION = 4
 """Part of the key of what checks find: raised when their numbers may change."""
 IMAGES = 64
 UNSTEADY = ("random-answers", "batch-dependence")
@@ -160,8 +160,10 @@ def _check(which: Tensor, limit: float) -> Check:
 
 def _differ(first: Tensor, second: Tensor) -> Tensor:
     """Images whose two answers differ by more than float noise, bool [n]."""
-    noise = LOGIT_NOISE * torch.maximum(first.abs().amax(1), second.abs().amax(1))
-    return (first - second).abs().amax(1) > noise
+    noise = torch.maximum(rounding(first), rounding(second))
+    # A masked class is -inf twice.
+    apart = torch.where(first == second, 0.0, (first - second).abs())
+    return ~(apart.amax(1) <= noise)
 
 
 def _probabilities(logits: Tensor) -> Tensor:
@@ -236,9 +238,9 @@ def _compared(milder: int, harsher: int, images: int) -> Check:
 
 def _by_chance(differing: int) -> int:
     """The largest lead in so many tosses of a fair coin that is no rarer than `CHANCE`."""
-    tail = 0.0
+    tail, every = 0.0, math.lgamma(differing + 1) - differing * math.log(2)
     for heads in range(differing, -1, -1):
-        tail += math.comb(differing, heads) / 2**differing
+        tail += math.exp(every - math.lgamma(heads + 1) - math.lgamma(differing - heads + 1))
         if tail >= CHANCE:
             return max(0, 2 * heads - differing)
     return 0

@@ -15,6 +15,7 @@ from guardbench.attacks.robustbench import zoo_model
 from guardbench.attacks.stream import Fitting
 from guardbench.data.catalog import dataset_info
 from guardbench.data.files import cache_root
+from guardbench.devices import official_arithmetic
 from guardbench.errors import GuardbenchError, brief
 from guardbench.imported import Imported, describe, from_file, from_python, state_digest
 from guardbench.protocol import Protocol
@@ -93,25 +94,31 @@ def open_classifier(
         assert source.python is not None
         imported = from_python(source.python, name=_name(source.name or source.python))
     imported.model.to(device)
-    grey = torch.full((1, info.channels, protocol.resolution, protocol.resolution), 0.5)
+    shape = (PROBED, info.channels, protocol.resolution, protocol.resolution)
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     # One image, as when a single one is left, and a batch.
     for count in (1, PROBED):
-        _probe(imported, grey.expand(count, -1, -1, -1).to(device), info.num_classes)
+        _probe(imported, noise[:count], info.num_classes)
+    official_arithmetic()  # a stranger's module may have chosen another as it was imported
     return imported
 
 
 def _probe(imported: Imported, images: Tensor, classes: int) -> None:
     def ask(some: Tensor) -> tuple[Tensor]:
+        given = some.clone()
         with torch.no_grad():
-            shapes.append((len(some), list(imported.model(some.clone()).shape)))
+            shapes.append((len(some), list(imported.model(given).shape)))
+        written.append(not torch.equal(given, some))
         if len(some) == 1:
             point = some.clone().requires_grad_()
             answers = imported.model(point)
+            written.append(not torch.equal(point, some))
             if answers.requires_grad:  # those that have no gradient are flagged by the checks
                 torch.autograd.grad(answers.sum(), point, allow_unused=True)
         return (some,)
 
     shapes: list[tuple[int, list[int]]] = []
+    written: list[bool] = []
     try:
         Fitting()(ask, images)
     # Broad on purpose: this is a stranger's model, and any error of it is theirs to hear of.
@@ -120,6 +127,12 @@ def _probe(imported: Imported, images: Tensor, classes: int) -> None:
             f"{imported.described.arch}: cannot answer images {list(images.shape)} of this protocol: "
             f"{type(error).__name__}: {brief(error)}."
         ) from error
+    if any(written):
+        # An attack's own images would be moved, as by a defence that rounds them, and look robust.
+        raise GuardbenchError(
+            f"{imported.described.arch}: writes into the images that it is given; begin its forward with a "
+            "copy (x = x.clone())."
+        )
     for count, shape in shapes:
         if shape != [count, classes]:
             raise GuardbenchError(

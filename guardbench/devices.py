@@ -65,11 +65,7 @@ def make_accelerator(
     if kind == "cpu" and resolution < SMALL_RESOLUTION:
         torch.set_num_threads(1)  # on tiny kernels a second thread waits more than it works
     mixed = "no" if precision == "fp32" else precision
-    # Official numbers are float32 and not TF32, and a resumed run must end as an unbroken one.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+    official_arithmetic()
     # Accelerate keeps one state a process and refuses another precision; a second run may want one.
     AcceleratorState._reset_state(reset_partial_state=True)
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=HOURS_TO_WAIT))
@@ -90,6 +86,15 @@ def make_accelerator(
     if accelerator.num_processes > 1:
         atexit.register(accelerator.state.destroy_process_group)
     return accelerator
+
+
+def official_arithmetic() -> None:
+    """Float32 is float32 and not TF32, and a resumed run ends as an unbroken one."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def _check_device(device: str) -> str:

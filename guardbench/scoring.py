@@ -84,7 +84,7 @@ class Costs:
 
     def _add(self, stored: Mapping[str, Any], *, shared: bool) -> None:
         self.found.append(stage_cost(stored, shared=shared))
-        self.commits.append(stored.get("commit", UNKNOWN))
+        self.commits += stored.get("commits", [stored.get("commit", UNKNOWN)])
         if "searched" in stored:
             self.searched.add(stored["searched"])
 
@@ -135,8 +135,8 @@ def images_at_a_time(attack: Attack, x: Tensor) -> int:
     batches' worth keep it full; more would cost memory that grows with the number of images."""
     if run_by(attack) == "reference":
         return attack_batch(x.shape[-1])
-    whole = 4 * rows_at_once(x)
-    return whole if x.is_cuda else min(whole, 512)
+    rows = rows_at_once(x)
+    return min(512, 16 * rows) if x.device.type == "cpu" else 4 * rows
 
 
 def attack_batch(resolution: int) -> int:

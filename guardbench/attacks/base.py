@@ -17,7 +17,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.threat import FLOAT32_ULP, ThreatModel, tolerance
 
 LOGIT_NOISE = 1e-4
-"""Two scorings of one image may disagree only if its margin is below this share of its logits."""
+"""Two scorings of one image may disagree only if its margin is below this share of its logits' spread."""
 
 
 class Images(Protocol):
@@ -181,13 +181,14 @@ def run_batch(
         searched: what the attack sees instead of `model`: the same function in a faster form, such
             as `models.folded`. The verdicts are always those of `model`, which is searched itself where
             an image is adversarial for the faster form alone.
-        slack: by how much two answers of `searched` to one image may differ, as a share of its largest
-            logit: an image so near to being adversarial for it may have ended its search.
+        slack: by how much two answers of `searched` to one image may differ, as a share of its logits'
+            spread: an image so near to being adversarial for it may have ended its search.
         steady: two scorings of one image must agree; False, for a model that is known to answer at
             random or by the batch, counts an image as broken when one of them is wrong.
-        rescore_batch_size: of the second scoring; default half of the first one's, which is the batch
-            or `rows_at_once`. One image is scored beside a copy of itself, and a size of the first
-            one's or more becomes one more than that, so that no image meets the same batch size twice.
+        rescore_batch_size: of the second scoring; default about half of the first one's, which is the
+            batch or `rows_at_once`, and from the other end, so that no image meets the same batch size
+            twice. One image is scored beside a copy of itself, and a size of the first one's or more
+            becomes one more than that.
 
     Raises:
         GuardbenchError: the attack returned something that is not an image inside the ball, or
@@ -212,7 +213,7 @@ def run_batch(
         adv, distance, broken = attacked(seen, torch.arange(len(images), device=images.device))
         if searched is not None:
             logits = _logits(searched, adv, labels, rows_at_once(adv))
-            near = margin_of(logits, labels) < slack * logits.abs().amax(1)
+            near = margin_of(logits, labels) < rounding(logits, slack)
             claimed = (logits.argmax(1) != labels) | near
             # Its search ended at an image that rounding alone makes adversarial, and only there.
             rows = (claimed & ~broken).nonzero().squeeze(1)
@@ -360,13 +361,15 @@ def _broken(
     size = min(len(adv), rows_at_once(adv))
     logits = _logits(model, adv, y, size, under)
     other = rescore_batch_size or (size + 1) // 2
+    if rescore_batch_size is None and other == len(adv) % size:
+        other += 1  # else the images left over would meet it twice
     if other < size:
-        again = _logits(model, adv, y, other, under)
+        again = _logits(model, adv.flip(0), y.flip(0), other, under).flip(0)
     else:
         more, labels = torch.cat([adv, adv[:1]]), torch.cat([y, y[:1]])
         again = _logits(model, more, labels, size + 1, under)[:-1]
     first, second = logits.argmax(1) != y, again.argmax(1) != y
-    noise = LOGIT_NOISE * torch.maximum(logits.abs().amax(1), again.abs().amax(1))
+    noise = torch.maximum(rounding(logits), rounding(again))
     margin = torch.maximum(margin_of(logits, y).abs(), margin_of(again, y).abs())
     if steady and (wrong := (first != second) & ~(margin <= noise)).any():
         row = wrong.nonzero()[0, 0]
@@ -377,6 +380,20 @@ def _broken(
             " are random or depend on the batch"
         )
     return first | second
+
+
+def rounding(logits: Tensor, share: float = LOGIT_NOISE) -> Tensor:
+    """By how much rounding alone may move logits [n, K]: `share` of their spread, and their own digits, [n].
+
+    The spread is that of the classes which are in play: a masked class, at -1e9 or -inf, would make
+    every answer look alike, and so would an offset of all. Of two or three classes the gap may be the
+    margin that is judged, so there it is the largest logit.
+    """
+    if logits.shape[1] < 4:
+        return share * logits.abs().amax(1)
+    first, fourth = logits.topk(4, dim=1).values[:, ::3].unbind(1)
+    spread = torch.minimum(first - logits.amin(1), 10 * (first - fourth))
+    return share * spread + 8 * torch.finfo(logits.dtype).eps * first.abs()
 
 
 def margin_of(logits: Tensor, y: Tensor) -> Tensor:

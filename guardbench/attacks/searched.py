@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from guardbench.attacks.base import LOGIT_NOISE
+from guardbench.attacks.base import rounding
 from guardbench.models import DenseConv2d, folded
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ def searchable(model: nn.Module, images: Tensor) -> nn.Module:
         except Exception as error:  # noqa: BLE001
             logger.info("not folded: %s", error)
             return model
-    noise = LOGIT_NOISE * wanted.abs().max()
-    same = found.shape == wanted.shape and bool(((wanted - found).abs() <= noise).all())
+    noise = rounding(wanted).max()
+    same = found.shape == wanted.shape and bool(torch.isclose(found, wanted, 0, float(noise)).all())
     return fast if same else model
 
 

@@ -216,10 +216,11 @@ def rows_at_once(x: Tensor) -> int:
 
     A CPU is fastest while a layer's maps stay in its cache. Up to 32 px the first maps are as large as the
     image (see `fit_stem`): on two cores a ConvNet-D3 takes 1.5 times as many gradients a second at 32 rows
-    as at 512, a ResNet-18 1.2 times; at 64 px a ResNet-18 is fastest at about 128. A GPU wants many more.
+    as at 512, a ResNet-18 1.2 times; at 64 px a ResNet-18 is fastest at about 128, where a ConvNet, whose
+    first maps are whole at any size, would like 8. A GPU wants many more.
     """
     pixels = x.shape[-2] * x.shape[-1]
-    if x.is_cuda:
+    if x.device.type != "cpu":
         return max(8, min(2048, (1 << 23) // pixels))
     return max(8, min(512, (1 << (15 if pixels <= 32 * 32 else 19)) // pixels))
 

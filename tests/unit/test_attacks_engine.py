@@ -37,6 +37,7 @@ from guardbench.attacks.targets import ranked_targets
 from guardbench.attacks.vmifgsm import VMIFGSM
 from guardbench.ball import content_generator, length, random_start
 from guardbench.errors import GuardbenchError
+from guardbench.scoring import images_at_a_time
 from guardbench.threat import ThreatModel, tolerance
 
 LINF = ThreatModel("linf", Fraction(1, 20))
@@ -337,7 +338,11 @@ def test_a_full_batch_waits_until_an_eighth_is_free_and_ends_with_jobs_side_by_s
 
 
 def test_rows_at_once():
-    assert [rows_at_once(torch.zeros(1, 3, s, s)) for s in (8, 32, 64, 224)] == [512, 32, 128, 10]
+    sides = [torch.zeros(1, 3, side, side) for side in (8, 32, 64, 224)]
+    assert [rows_at_once(x) for x in sides] == [512, 32, 128, 10]
+    attack = PGD(threat=NEAR)
+    # Enough to fill a batch several times, and no more than 500 images give.
+    assert [images_at_a_time(attack, x) for x in sides] == [512, 512, 512, 160]
 
 
 # Small networks: nothing depends on the batch.

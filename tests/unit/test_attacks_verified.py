@@ -156,7 +156,7 @@ def test_rescored_at_another_batch_size(count, size, expected):
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [(None, [4, 4, 2, 2, 2, 2, 2, 2]), (3, [4, 4, 2, 3, 3, 3, 1]), (64, [4, 4, 2, 5, 5, 1])],
+    [(None, [4, 4, 2, 3, 3, 3, 1]), (3, [4, 4, 2, 3, 3, 3, 1]), (64, [4, 4, 2, 5, 5, 1])],
 )
 def test_more_images_than_fit_at_once_are_scored_in_two_sizes_too(size, expected, monkeypatch):
     monkeypatch.setattr("guardbench.attacks.base.rows_at_once", lambda _: 4)
@@ -164,6 +164,25 @@ def test_more_images_than_fit_at_once_are_scored_in_two_sizes_too(size, expected
     model.sizes.clear()
     run_batch(Claims(lambda x: x), model, x, y, torch.arange(10), seed=0, rescore_batch_size=size)
     assert model.sizes == expected
+
+
+@pytest.mark.parametrize("rows", [8, 10, 32])
+def test_no_image_meets_the_same_batch_size_twice(rows: int, monkeypatch) -> None:
+    monkeypatch.setattr("guardbench.attacks.base.rows_at_once", lambda _: rows)
+
+    class Met(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for image in x[:, 0, 0, 0].tolist():
+                met.setdefault(round(image * 1000), []).append(len(x))
+            return torch.stack([torch.ones(len(x)), torch.zeros(len(x))], 1)
+
+    for count in range(1, 80):
+        met: dict[int, list[int]] = {}
+        x = (torch.arange(count) / 1000).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+        y = torch.zeros(count, dtype=torch.int64)
+        run_batch(Claims(lambda x: x), Met().eval(), x, y, torch.arange(count), seed=0)
+        assert len(met) == count
+        assert all(len(set(sizes)) >= 2 for sizes in met.values()), count
 
 
 class Batchwise(Brightness):

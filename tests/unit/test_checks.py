@@ -1,5 +1,6 @@
 """Each check has a model that is built to be caught by it, and an honest one that is not."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -13,7 +14,7 @@ from guardbench.attacks.base import run_batch, run_verified
 from guardbench.attacks.build import build_attack
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.search import answering_at_random
-from guardbench.checks import COMPARED, IMAGES, MEANING, compared, flags, inspect, judge
+from guardbench.checks import COMPARED, IMAGES, MEANING, UNSTEADY, compared, flags, inspect, judge
 from guardbench.protocol import AttackSpec, load_protocol
 from guardbench.records import Check, Outcome, SeedRun
 from guardbench.threat import ThreatModel
@@ -78,6 +79,26 @@ def test_a_model_built_to_be_caught_is_caught(honest, name) -> None:
     # An attack that climbs the wrong way still starts at random, which breaks some images.
     assert found[name].value > (0.3 if name == "unbounded" else 0.9)
     assert found[name].images == IMAGES
+
+
+@pytest.mark.parametrize("last", [-1e4, -1e9, -math.inf])
+@pytest.mark.parametrize("name", ["random-answers", "batch-dependence", None])
+def test_a_masked_class_hides_no_unsteady_answers(honest, name: str | None, last: float) -> None:
+    model, x, y = honest
+    made = CAUGHT[name](model) if name else model
+    masked = Wrapped(made, after=lambda z: torch.cat([z, z.new_full((len(z), 1), last)], 1))
+    found = inspect(masked.eval(), x, y, THREAT, seed=0)
+    wanted = inspect(made.eval(), x, y, THREAT, seed=0)
+    assert [found[one] for one in UNSTEADY] == [wanted[one] for one in UNSTEADY]
+    assert name is None or found[name].value > 0.9
+
+
+def test_an_offset_of_all_logits_hides_no_unsteady_answers(honest) -> None:
+    model, x, y = honest
+    shifted = Wrapped(CAUGHT["random-answers"](model), after=lambda z: z + 1e4)
+    assert inspect(shifted.eval(), x, y, THREAT, seed=0)["random-answers"].value > 0.9
+    steady = Wrapped(model, after=lambda z: z + 1e4)
+    assert not inspect(steady.eval(), x, y, THREAT, seed=0)["random-answers"].flagged
 
 
 def test_saturated_logits_and_detached_inputs_leave_no_gradient(honest) -> None:

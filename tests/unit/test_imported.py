@@ -199,6 +199,10 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
          r"cannot answer images \[64, 1, 8, 8\] .*: ValueError: at most 32"),
         ("\n        if len(x) == 1: raise IndexError('two at least')\n        return x.flatten(1)[:, :10]",
          r"cannot answer images \[1, 1, 8, 8\] .*: IndexError"),
+        ("\n        with torch.no_grad(): x.mul_(9).round_().div_(9)\n        return x.flatten(1)[:, :10]",
+         r"writes into the images that it is given; .*x = x.clone\(\)"),
+        ("\n        if x.requires_grad: x.data.round_()\n        return x.flatten(1)[:, :10]",
+         r"writes into the images"),
     ],
 )  # fmt: skip
 def test_a_function_that_cannot_take_any_number_of_images_is_told_first(
@@ -214,6 +218,21 @@ def test_a_function_that_cannot_take_any_number_of_images_is_told_first(
     with pytest.raises(GuardbenchError, match=line) as caught:
         open_classifier(source, load_protocol("digits"), torch.device("cpu"), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_chooses_another_arithmetic_is_overruled(tmp_path, monkeypatch):
+    (tmp_path / "fast_here.py").write_text(
+        "import torch\ntorch.set_float32_matmul_precision('medium')\n"
+        "torch.backends.cudnn.allow_tf32 = True\ntorch.backends.cudnn.benchmark = True\n"
+        "def network(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    source = Source(weights=None, arch=None, python="fast_here:network", normalisation=None)
+    open_classifier(source, load_protocol("digits"), torch.device("cpu"), tmp_path)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_a_function_on_a_device_that_is_too_small_for_a_batch_is_taken(tmp_path, monkeypatch):
