@@ -54,6 +54,7 @@ class StageFolder:
     _alone: bool = field(default=False, init=False)
     _begun: float = field(default=0.0, init=False)
     _spent: float = field(default=0.0, init=False)
+    _begun_by: tuple[str | None, ...] = field(default=(), init=False)
     _saved: float = field(default=0.0, init=False)
     _took: float = field(default=0.0, init=False)
     _calls: int = field(default=0, init=False)
@@ -194,7 +195,12 @@ class StageFolder:
             ) from error
         if stored["key"] != self.key:
             raise ValueError("it belongs to another stage")
+        self._begun_by = tuple(stored.get("commits", ()))
         return float(stored["seconds"]), dict(stored["state"])
+
+    def _commits(self) -> list[str | None]:
+        """Of the code that has worked on this stage, in order."""
+        return [*dict.fromkeys((*self._begun_by, self.commit))]
 
     @property
     def seconds(self) -> float:
@@ -257,7 +263,8 @@ class StageFolder:
         with interrupts.unbroken():
             if path is not None:
                 buffer = io.BytesIO()
-                torch.save({"key": self.key, "seconds": self.seconds, "state": dict(state)}, buffer)
+                found = {"key": self.key, "seconds": self.seconds, "commits": self._commits()}
+                torch.save({**found, "state": dict(state)}, buffer)
                 write_sealed(path, buffer.getvalue())
             if last:
                 interrupts.stop(f"{self.name} is saved")
@@ -304,7 +311,7 @@ class StageFolder:
             "words": dict(self.words),
             "files": {name: canonical.file_digest(self.path / name) for name in files},
             "cost": cost,
-            "commit": self.commit,
+            "commits": self._commits(),
             **facts,
         }
         seal = canonical.digest(json.loads(canonical.dumps(stored)))

@@ -315,7 +315,7 @@ def _loops(task: Task, params: Match) -> tuple[int, int]:
     if str(task.ipc) not in params.loops:
         raise GuardbenchError(
             f"baselines/{task.method.name}/method.toml: recipe {task.dataset}@{task.resolution}: "
-            f"params.match.loops has none for IPC {task.ipc}; it has {', '.join(params.loops)}."
+            f"params.match.loops has none for IPC {task.ipc}; it has {', '.join(params.loops) or 'none'}."
         )
     return params.loops[str(task.ipc)]
 

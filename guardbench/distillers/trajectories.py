@@ -169,8 +169,6 @@ class _Trajectories:
         params = read_params(task, Params)
         folder = _match_folder(task, params)
         load = partial(load_distilled, folder.path / "distilled")
-        if folder.finished() is not None:
-            return told_by_main(task.run.processes, load)
         experts = train_experts(task, params.experts, train)
         with folder.claimed() as stored:
             if stored is None:
@@ -207,7 +205,7 @@ def find_schedule(task: Task, params: Params) -> Schedule:
         schedule = Schedule.model_validate({**chosen, **everywhere})
     except ValidationError as error:
         missing = ", ".join(str(problem["loc"][0]) for problem in error.errors())
-        known = ", ".join(str(ipc) for ipc in sorted(match.by_ipc))
+        known = ", ".join(str(ipc) for ipc in sorted(match.by_ipc)) or "none"
         raise GuardbenchError(
             f"{where}.by_ipc says nothing of {missing} for IPC {task.ipc}; it has IPC {known}."
         ) from error

@@ -453,3 +453,22 @@ def test_a_stage_keeps_the_commit_that_ran_it_and_a_record_names_them_all(tmp_pa
     assert commits_text([None, None]) is None
     assert commits_text([None, "c"]) == "no checkout, c"
     assert len(commits_text(str(k) * 40 for k in range(9)) or "") < 200
+
+
+def test_a_stage_begun_at_one_commit_and_finished_at_another_names_both(tmp_path) -> None:
+    costs = Costs()
+    for commit in ("a" * 40, "b" * 40, "b" * 40):
+        run = Run(
+            accelerator=Accelerator(cpu=True), workspace=tmp_path, seed=5, progress=Progress(),
+            commit=commit,
+        )  # fmt: skip
+        folder = run.stage("squeeze", "teachers", {"stage": "squeeze"})
+        with folder.claimed() as stored:
+            if commit == "a" * 40:
+                folder.begin(run.device)
+                folder.checkpoint({"epoch": 1})
+            elif stored is None:
+                assert folder.begin(run.device) == {"epoch": 1}
+                folder.finish(run.device)
+    costs.add(folder)
+    assert costs.commits == ["a" * 40, "b" * 40]

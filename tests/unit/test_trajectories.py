@@ -1,6 +1,7 @@
 """MTT and TESLA: the loss and its gradients against plain float64 references, experts, resume, bad input."""
 
 import dataclasses
+import shutil
 import weakref
 from fractions import Fraction
 
@@ -325,6 +326,15 @@ def test_a_killed_run_ends_as_an_unbroken_one(
     again = distiller().distill(broken, train)
     assert again.manifest == whole.manifest
     assert torch.equal(again.images, whole.images)
+
+
+def test_experts_that_were_deleted_are_made_again_though_the_set_is_there(tmp_path) -> None:
+    task = make_task(tmp_path)
+    made = MTT().distill(task, load_digits())
+    shutil.rmtree(tmp_path / "experts")
+    assert MTT().distill(task, load_digits()).manifest == made.manifest
+    # A run asks every stage of its plan for its cost.
+    assert all(stage.folder.finished() is not None for stage in MTT().plan(task))
 
 
 def test_equal_seeds_give_equal_digests_and_others_do_not(tmp_path) -> None:
