@@ -6,6 +6,7 @@ A method is a folder `baselines/<method>/` with a `method.toml`. The files trave
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ class Recipe(Strict):
     def _named(cls, words: dict[str, str | float | int]) -> dict[str, str | float | int]:
         if "kind" not in words:
             raise ValueError("kind: which regulariser is it?")
+        return words
+
+    @field_validator("regulariser", mode="before")
+    @classmethod
+    def _numbers(cls, words: Any) -> Any:
+        for name, value in words.items() if isinstance(words, dict) else ():
+            if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(f"{name}: must be a finite number, not {value}")
         return words
 
 
@@ -213,13 +222,15 @@ def overridden(
     words = recipe.model_dump()
     split = [_assignment(text) for text in assignments]
     kinds = [value for path, value in split if path == "regulariser.kind"]
-    if kinds and kinds[-1] != words["regulariser"]["kind"]:
-        words["regulariser"] = {"kind": kinds[-1]}
+    if kinds and kinds[0] != words["regulariser"]["kind"]:
+        words["regulariser"] = {"kind": kinds[0]}
     fields = known(str(words["regulariser"]["kind"]))
     names = [f"{table}.{name}" for table, found in fields.items() for name in found]
-    for path, value in split:
+    for place, (path, value) in enumerate(split):
         if path not in names:
             raise unknown("--set field", path, names)
+        if path in [earlier for earlier, _ in split[:place]]:
+            raise GuardbenchError(f"--set {path}: is given twice; leave one of them.")
         table, _, field = path.partition(".")
         where = words if table == "regulariser" else words["params"]
         where.setdefault(table, {})[field] = value

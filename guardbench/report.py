@@ -298,7 +298,7 @@ def print_paper(console: Console, cells: Sequence[Cell], doubts: Sequence[str]) 
         highlight=False,
     )
     for text in doubts:
-        console.print(f"contradicts itself: {text}", style="yellow", markup=False, highlight=False)
+        console.print(text, style="yellow", markup=False, highlight=False)
 
 
 def _side(side: Side) -> str:

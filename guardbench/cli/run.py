@@ -211,7 +211,7 @@ def print_stages(console: Console, stages: Sequence[PlannedStage], seconds: floa
         done = sum(stage.folder.finished() is not None for stage in alike)
         mark = "done" if done == len(alike) else f"{done} of {len(alike)} done" if done else "to do"
         many = f" x {len(alike)}" if len(alike) > 1 else ""
-        many += " seeds" if many and title != "reference" else ""
+        many += " seeds" if many and title not in ("reference", "expert") else ""
         console.print(
             f"    {title:<12} {alike[0].steps + many:<28} {mark}", highlight=False, soft_wrap=True
         )

@@ -31,6 +31,9 @@ def with_cells(*rows: tuple[int, dict[str, float]]) -> MethodFile:
         ([(10, {"cw": 41.47}), (10, {"cw": 58.67})], "cw is 41.47 in one table and 58.67"),
         ([(10, {"cw": 41.47}), (50, {"cw": 58.67})], None),
         ([(10, {"square": 19.0, "pgd100": 31.0})], "19.0 under Square is below 31.0"),
+        ([(10, {"square": 19.0, "autoattack": 20.0})], "20.0 under AutoAttack is above 19.0"),
+        ([(10, {"pgd100": 57.5, "autoattack": 64.84})], "64.84 under AutoAttack is above 57.5"),
+        ([(10, {"pgd100": 57.5, "autoattack": 58.4})], None),
     ],
 )
 def test_a_contradiction_is_told(rows: list, said: str | None) -> None:
@@ -43,6 +46,8 @@ def test_the_known_contradictions_of_guards_paper_are_found() -> None:
     lines = "\n".join(contradictions(load_method(name) for name in method_names()))
     assert "guard, imagenette, IPC 10: cw is 41.47 in one table and 58.67 in another" in lines
     assert "sre2l, imagenette, IPC 100" in lines
+    assert "tesla, imagenette, IPC 50: 27.21 under AutoAttack is above 25.34 under Square" in lines
+    assert "guard, imagenette, IPC 100: 64.84 under AutoAttack is above 57.5 under PGD-100" in lines
 
 
 def test_a_gap_is_here_minus_paper_in_points() -> None:
