@@ -25,18 +25,10 @@ from guardbench.stages import StageFolder
 
 
 @contextlib.contextmanager
-def seeded(seed: int, state: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Inside, a model that draws from torch's own generators answers as it would at any other time.
-
-    Args:
-        state: of `drawn_so_far`, to go on from there.
-    """
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, a model that draws from torch's own generators answers as it would at any other time."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if state:
-            torch.set_rng_state(state[0])
-        if len(state) > 1 and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state[1])
         yield
 
 
@@ -44,6 +36,14 @@ def drawn_so_far() -> list[Tensor]:
     """Where torch's own generators stand, of the CPU and of the GPU if there is one."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
+
+
+def draw_on(state: Sequence[Tensor]) -> None:
+    """Puts torch's own generators where `drawn_so_far` found them; an empty state moves none."""
+    if state:
+        torch.set_rng_state(state[0])
+    if len(state) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ from guardbench.processes import Processes
 from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
 from guardbench.records import Check, Outcome, SeedRun, StageCost
-from guardbench.runtime import Run, drawn_so_far, seeded
+from guardbench.runtime import Run, seeded
 from guardbench.scoring_plan import ScoringPlan, built, run_by, taken_over
 from guardbench.stages import StageFolder, stage_cost
 from guardbench.tier import measured
@@ -256,15 +256,14 @@ def _attack(
     processes = run.processes
     # Of several processes, each is at another place of its own streams.
     kept = (state or {}) if processes.main else folder.own()
-    goes_on = kept.get("decided") == decided and kept["streams"]
-    streams, drawn = (kept["streams"], kept["drawn"]) if goes_on else ([], [])
+    streams = kept["streams"] if kept.get("decided") == decided else []
 
     def keep(decided: int, streams: list[dict[str, Any]]) -> None:
-        state = {"decided": decided, "robust": robust, "distance": distance, "streams": streams}
-        folder.checkpoint({**state, "drawn": drawn_so_far()})
+        whole = {"robust": robust, "distance": distance}
+        folder.checkpoint({"decided": decided, "streams": streams, **whole})
 
     def keep_own(decided: int, streams: list[dict[str, Any]]) -> None:
-        folder.checkpoint_own({"decided": decided, "streams": streams, "drawn": drawn_so_far()})
+        folder.checkpoint_own({"decided": decided, "streams": streams})
 
     named = derive_seed(plan.seed, "attack", spec.name)
     # Planned anew from the first undecided image: on another device a batch may be of another size.
@@ -278,7 +277,7 @@ def _attack(
             journal = Journal(folder.due_alone, write, streams)
             mine = part_of(index, processes, size, whole=untouched)
             shown = _shown(bar, len(index), sure)
-            with telling(shown), journaling(journal), seeded(named, drawn):
+            with telling(shown), journaling(journal), seeded(named):
                 found = run_batch(
                     attack, model, x, y, mine + first, seed=named,
                     searched=None if untouched else fast,
@@ -290,7 +289,7 @@ def _attack(
                     distance[part.index - first] = part.distance
             decided += len(index)
             bar.advance(len(index), f"{int(robust.sum()) - rest} robust so far")
-            streams, drawn = [], []
+            streams = []
             if folder.due() and rest:
                 keep(decided, streams)
         bar.advance(0, f"{100 * robust.float().mean():.1f}% robust")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from guardbench.devices import out_of_memory
 from guardbench.errors import GuardbenchError
+from guardbench.runtime import draw_on, drawn_so_far
 
 logger = logging.getLogger(__name__)
 
@@ -269,11 +270,14 @@ def stream(
         moved = state["moved"].to(x.device, copy=True)
         found[moved] = state["found"].to(x.device)
         rows = {name: value.to(x.device) for name, value in state["rows"].items()}
+        draw_on(
+            state.get("drawn", ())
+        )  # a model that answers at random goes on with the draws that came next
 
     def note() -> None:
         if journal is not None:
             facts = {"ahead": ahead, "broken": broken, "moved": moved, "found": found[moved]}
-            journal.note({**facts, "rows": rows})
+            journal.note({**facts, "rows": rows, "drawn": drawn_so_far()})
 
     while True:
         active = len(rows["image"]) if rows else 0

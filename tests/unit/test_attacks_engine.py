@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from copy import deepcopy
 from fractions import Fraction
 
 import pyautoattack
@@ -37,6 +38,7 @@ from guardbench.attacks.targets import ranked_targets
 from guardbench.attacks.vmifgsm import VMIFGSM
 from guardbench.ball import content_generator, length, random_start
 from guardbench.errors import GuardbenchError
+from guardbench.runtime import seeded
 from guardbench.scoring import images_at_a_time
 from guardbench.threat import ThreatModel, tolerance
 
@@ -441,6 +443,38 @@ def test_an_attack_killed_in_its_midst_goes_on_there_and_ends_the_same(attack, m
         asked.append(again.asked)
     assert asked == sorted(asked, reverse=True)
     assert asked[-1] < 0.5 * counted.asked, "what was done is not done again"
+
+
+class Noisy(nn.Module):
+    """Answers at random, from torch's own generator."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer = self.model(x)
+        return answer + 0.1 * torch.randn_like(answer)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [APGD(threat=NEAR, loss="dlr-targeted", steps=6), FAB(threat=NEAR, steps=6),
+     Square(threat=NEAR, queries=40), AutoAttack(threat=NEAR, square=False)],
+    ids=repr,
+)  # fmt: skip
+def test_a_model_that_answers_at_random_is_attacked_with_the_draws_that_came_next(attack):
+    model, x, y = precise_case(6)
+    model, written = Noisy(model).eval(), []
+
+    def run(states=()):
+        journal = streams.Journal(lambda: True, lambda now: written.append(deepcopy(now)), states)
+        with streams.journaling(journal), seeded(5):
+            return attack.perturb(model, x, y, seed=3)
+
+    whole, states = run(), written[:]
+    for place in (0, len(states) // 2, len(states) - 1):
+        assert torch.equal(run(states[place]), whole), place
 
 
 def test_the_journal_of_other_images_is_not_followed():
