@@ -230,7 +230,7 @@ def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
         )
         low, high = zip(*bands, strict=True)
         axes.fill_between(radii, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        ticks |= {float(Fraction(p.eps)): _in_255ths(Fraction(p.eps)) for p in curve.points}
+        ticks |= {float(Fraction(p.eps)): in_255ths(Fraction(p.eps)) for p in curve.points}
     # Linear up to the smallest radius, so that clean accuracy has a place; logarithmic beyond.
     axes.set_xscale("symlog", linthresh=min(value for value in ticks if value), linscale=0.5)
     axes.set_xticks([*ticks], [*ticks.values()])
@@ -245,6 +245,7 @@ def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
     save_png(path, figure)
 
 
-def _in_255ths(eps: Fraction) -> str:
+def in_255ths(eps: Fraction) -> str:
+    """A radius times 255, as a reader of pixels knows it."""
     value = float(255 * eps)
     return f"{value:g}" if value < 1000 else f"{value:.0f}"

@@ -27,7 +27,7 @@ from pydantic import (
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import Name, Strict
+from guardbench.records import RESERVED, Name, Strict
 from guardbench.store import read_text
 from guardbench.threat import Norm, ThreatModel
 
@@ -52,6 +52,13 @@ class Threat(Strict):
     norm: Norm
     eps: str = Field(pattern=r"^\d+(\.\d+)?(/\d+)?$")
 
+    @field_validator("eps", mode="before")
+    @classmethod
+    def _quoted(cls, eps: object) -> object:
+        if isinstance(eps, int | float):
+            raise ValueError(f'write it as a fraction in quotes, such as "8/255", not {eps}')
+        return eps
+
     @field_validator("eps")
     @classmethod
     def _positive(cls, eps: str) -> str:
@@ -62,9 +69,9 @@ class Threat(Strict):
     @model_validator(mode="after")
     def _in_pixels(self) -> Threat:
         if self.norm == "linf" and parse_fraction(self.eps) > 1:
+            meant = "" if "/" in self.eps else f"; did you mean {self.eps}/255?"
             raise ValueError(
-                f"eps: {self.eps} is more than the whole range of a pixel, [0, 1]; "
-                f"did you mean {self.eps}/255?"
+                f"eps: {self.eps} is more than the whole range of a pixel, [0, 1]{meant}"
             )
         return self
 
@@ -72,6 +79,10 @@ class Threat(Strict):
     def model(self) -> ThreatModel:
         """The threat model with an exact radius."""
         return ThreatModel(self.norm, parse_fraction(self.eps))
+
+
+LARGEST_RATE = 1e9
+"""Of learning rates and weight decays; beyond, products of float32 overflow."""
 
 
 class Student(Strict):
@@ -99,8 +110,8 @@ class Student(Strict):
     )
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
+    lr: float = Field(gt=0, le=LARGEST_RATE)
+    weight_decay: float = Field(ge=0, le=LARGEST_RATE)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     schedule: Literal["cosine", "half"] = "cosine"
@@ -182,6 +193,11 @@ class Protocol(Strict):
         names = [attack.name for attack in self.attacks]
         if len(set(names)) < len(names):
             raise ValueError("attacks: two attacks have the same name")
+        for name in RESERVED:
+            if any(attack.name == name for attack in self.attacks):
+                raise ValueError(
+                    f"attacks: {name!r} is a column of its own; name that attack otherwise"
+                )
         if self.rank_by != "worst_case" and self.rank_by not in names:
             raise ValueError(f"rank_by: no attack is called {self.rank_by!r}")
         if len(set(self.student.seeds)) < len(self.student.seeds):
@@ -330,7 +346,10 @@ def load_protocol(name: str) -> Protocol:
     except ValidationError as error:
         raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
     if path.stem != protocol.id:
-        raise GuardbenchError(f"{path}: id: {protocol.id!r} is not the file's name.")
+        raise GuardbenchError(
+            f"{path}: id: {protocol.id!r} is not the file's name: write id = {path.stem!r}, or rename the "
+            f"file to {protocol.id}.toml."
+        )
     return protocol
 
 

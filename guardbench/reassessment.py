@@ -327,6 +327,11 @@ def assess(
 def _student(record: ResultRecord, theirs: ClassifierRecord) -> int:
     """The seed of the record's student that was measured: the one with the same clean verdicts."""
     name = theirs.classifier.name
+    if theirs.tier != record.tier:
+        raise GuardbenchError(
+            f"{name}: measured in the {theirs.tier} tier, and the record in the {record.tier} one: evaluate "
+            "it without --tier."
+        )
     if theirs.protocol_sha256 != record.protocol_sha256 or theirs.test != record.test:
         raise GuardbenchError(
             f"{name}: measured under {theirs.protocol} ({theirs.protocol_sha256[:12]}), on images "

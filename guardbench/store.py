@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +105,10 @@ def write_text(target: Path, text: str, *, option: str = "--output") -> None:
 def read_text(path: Path, *, what: str, limit: int = 64 << 20) -> str:
     """Reads a UTF-8 file of at most `limit` bytes; `what` names the kind of file in an error."""
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode) and path.exists() and not path.is_dir():
+            raise GuardbenchError(f"{path}: is no ordinary file, as {what} must be.")
         if size > limit:
             raise GuardbenchError(f"{path}: {what} is {size} bytes, over the limit of {limit}.")
         return path.read_text(encoding="utf-8")

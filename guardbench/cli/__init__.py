@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -94,7 +97,14 @@ def main() -> None:
             _fail(_MEMORY)
         except OSError as error:
             if error.filename is None:
-                raise
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                    raise
+                # What was buffered would be tried again as Python ends, with a traceback.
+                sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+                _fail(
+                    f"what is printed cannot be written: {error.strerror}; free some space, or print "
+                    "elsewhere."
+                )
             _fail(
                 f"{error.filename}: {error.strerror}; mend that (permissions, a broken link, the disk), or "
                 "name another folder."

@@ -58,6 +58,8 @@ def curve(
 
     Example: guardbench curve --protocol digits --weights guard.safetensors --arch convnet-d3-bn-small
     """
+    from fractions import Fraction
+
     from rich.console import Console
     from rich.table import Table
 
@@ -66,6 +68,7 @@ def curve(
     from guardbench.curve import (
         STEPS,
         draw_curves,
+        in_255ths,
         points_of,
         require_alike,
         rising_radii,
@@ -120,9 +123,8 @@ def curve(
     table = Table("eps", "accuracy %", "95% interval")
     for point in made.points:
         low, high = wilson(point.correct / made.total, made.total)
-        table.add_row(
-            point.eps, f"{100 * point.correct / made.total:.1f}", f"{low:.1f} to {high:.1f}"
-        )
+        eps = in_255ths(Fraction(point.eps)) + "/255" if threat.norm == "linf" else point.eps
+        table.add_row(eps, f"{100 * point.correct / made.total:.1f}", f"{low:.1f} to {high:.1f}")
     console.print(table)
     save_curve(output, made)
     draw_curves(output.with_suffix(".png"), [made, *(curve for _, curve in earlier)])

@@ -342,5 +342,10 @@ def pack(
         first = report.problems.listed[0]
         raise GuardbenchError(f"{first} (all: `guardbench submission check {folder}`)")
     target = output or Path(f"{folder.resolve().name}.zip")
+    if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
+        raise GuardbenchError(
+            f"{target}: would lie in the submission itself, as a file that its form does not name; choose "
+            "another place with --output."
+        )
     size = write_pack(folder, target)
     typer.echo(f"wrote {target}: {size} bytes, SHA-256 {file_digest(target)}")

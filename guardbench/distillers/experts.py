@@ -28,7 +28,7 @@ from guardbench.data.dataset import RealDataset
 from guardbench.distillers.base import PlannedStage, Task
 from guardbench.errors import GuardbenchError, brief
 from guardbench.models import Classifier, batch_norms, build_model
-from guardbench.protocol import CropScale
+from guardbench.protocol import LARGEST_RATE, CropScale
 from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, build_regulariser, key_words
 from guardbench.runtime import take_step
@@ -54,9 +54,9 @@ class Experts(Strict):
     count: int = Field(gt=0)
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=LARGEST_RATE)
     momentum: float = Field(default=0, ge=0, lt=1)
-    weight_decay: float = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0, ge=0, le=LARGEST_RATE)
     crop_scale: CropScale = (1.0, 1.0)
     flip: bool = False
     ema: float = Field(default=0, ge=0, lt=1)

@@ -34,6 +34,7 @@ from guardbench.distillers.synthetic import (
 )
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier
+from guardbench.protocol import LARGEST_RATE
 from guardbench.records import LabelKind, Strict
 from guardbench.regularisers.base import Batch, Regulariser, build_regulariser, key_words
 from guardbench.runtime import check_finite
@@ -53,7 +54,7 @@ class Match(Matching):
     """
 
     loops: dict[str, tuple[PositiveInt, PositiveInt]]
-    network_lr: float = Field(default=0.01, gt=0)
+    network_lr: float = Field(default=0.01, gt=0, le=LARGEST_RATE)
     network_momentum: float = Field(default=0.0, ge=0, lt=1)
     network_batch: int = Field(default=256, gt=0)
 

@@ -19,7 +19,7 @@ from guardbench.data.dataset import RealDataset
 from guardbench.distillers.base import PlannedStage, Task
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, build_model, load_trained, save_weights
-from guardbench.protocol import CropScale
+from guardbench.protocol import LARGEST_RATE, CropScale
 from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, Regulariser, build_regulariser, key_words
 from guardbench.runtime import take_step
@@ -42,8 +42,8 @@ class Squeeze(Strict):
     arch: Name
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
+    lr: float = Field(gt=0, le=LARGEST_RATE)
+    weight_decay: float = Field(ge=0, le=LARGEST_RATE)
     warmup_epochs: float = Field(default=0, ge=0)
     crop_scale: CropScale = (0.08, 1.0)
     flip: bool = True

@@ -38,7 +38,7 @@ from guardbench.distillers.squeeze import (
 )
 from guardbench.errors import GuardbenchError, brief
 from guardbench.models import Classifier, batch_norms
-from guardbench.protocol import CropScale
+from guardbench.protocol import LARGEST_RATE, CropScale
 from guardbench.records import LabelKind, Strict
 from guardbench.runtime import check_finite
 from guardbench.sealed import read_tensors, write_tensors
@@ -66,7 +66,7 @@ class Recover(Strict):
     """
 
     iterations: int = Field(gt=0)
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=LARGEST_RATE)
     r_bn: float = Field(ge=0)
     first_bn: float = Field(default=10.0, ge=0)
     jitter: int = Field(ge=0)

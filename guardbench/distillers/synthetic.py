@@ -22,6 +22,7 @@ from guardbench.distillers.base import Task
 from guardbench.distillers.dsa import View
 from guardbench.errors import GuardbenchError
 from guardbench.models import Classifier, batch_norms, build_model
+from guardbench.protocol import LARGEST_RATE
 from guardbench.records import Name, Strict
 from guardbench.stages import StageFolder
 
@@ -41,7 +42,7 @@ class Matching(Strict):
     arch: Name
     iterations: int = Field(gt=0)
     init: Literal["noise", "real"] = "noise"
-    image_lr: float = Field(gt=0)
+    image_lr: float = Field(gt=0, le=LARGEST_RATE)
     image_momentum: float = Field(default=0.5, ge=0, lt=1)
     real_batch: int = Field(default=256, gt=0)
     views: tuple[View, ...] = Field(default=get_args(View), min_length=1)

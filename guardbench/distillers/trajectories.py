@@ -56,7 +56,7 @@ from guardbench.distillers.trajectory_loss import (
     match_unrolled,
 )
 from guardbench.errors import GuardbenchError
-from guardbench.protocol import CropScale
+from guardbench.protocol import LARGEST_RATE, CropScale
 from guardbench.records import LabelKind, Strict
 from guardbench.runtime import check_finite
 from guardbench.stages import StageFolder
@@ -79,9 +79,9 @@ class Choices(Strict):
     expert_epochs: int | None = Field(default=None, gt=0)
     max_start_epoch: int | None = Field(default=None, ge=0)
     batch_size: int | None = Field(default=None, gt=0)
-    image_lr: float | None = Field(default=None, gt=0)
-    student_lr: float | None = Field(default=None, gt=0)
-    lr_lr: float | None = Field(default=None, ge=0)
+    image_lr: float | None = Field(default=None, gt=0, le=LARGEST_RATE)
+    student_lr: float | None = Field(default=None, gt=0, le=LARGEST_RATE)
+    lr_lr: float | None = Field(default=None, ge=0, le=LARGEST_RATE)
 
 
 class Match(Choices):

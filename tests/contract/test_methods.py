@@ -174,9 +174,13 @@ def test_an_override_reaches_its_value_and_a_wrong_one_is_told() -> None:
         ("squeeze.epochs=", "write STAGE.FIELD=VALUE"),
         ("regulariser.weight=[1]", "--set regulariser.weight=.1.: regulariser.weight"),
         ("regulariser.beta=6", "unknown --set field 'regulariser.beta'"),
+        ("regulariser.weight=true", "regulariser: weight: must be a finite number, not True"),
+        ("regulariser.weight=inf", "regulariser: weight: must be a finite number, not inf"),
     ):
         with pytest.raises(GuardbenchError, match=said):
             overridden(recipe, [text], known)
+    with pytest.raises(GuardbenchError, match=r"squeeze\.epochs: is given twice"):
+        overridden(recipe, ["squeeze.epochs=5", "squeeze.epochs=6"], known)
     # Another kind has its own parameters, whichever order they are given in.
     other = ["regulariser.beta=6", "regulariser.kind=trades", "regulariser.steps=3"]
     assert overridden(recipe, other, known).regulariser == {"kind": "trades", "beta": 6, "steps": 3}

@@ -91,6 +91,18 @@ def test_what_is_packed_scores_the_same(scored) -> None:
     assert "nothing is left to do" in again.stdout
 
 
+def test_a_submission_is_not_packed_into_itself(scored, tmp_path) -> None:
+    folder, _, _ = scored
+    shutil.copytree(folder / "submissions", tmp_path / "submissions")
+    mine = tmp_path / "submissions" / "mine"
+    before = sorted(mine.rglob("*"))
+    refused = guardbench("submission", "pack", ".", cwd=mine)
+    assert refused.returncode == 2
+    assert "would lie in the submission itself" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert sorted(mine.rglob("*")) == before
+
+
 def test_a_broken_one_is_not_scored(scored, tmp_path) -> None:
     folder, _, _ = scored
     shutil.copytree(folder / "submissions", tmp_path / "submissions")

@@ -21,7 +21,7 @@ def struck(tmp_path_factory) -> dict[str, Any]:
     words = ["run", "--method", "guard", "--protocol", str(quick_protocol(folder)), "--ipc", "1",
              "--set", "squeeze.epochs=3", "--set", "recover.iterations=150"]  # fmt: skip
     command = [sys.executable, str(SCRIPT), str(folder), str(SEED), str(KILLS), str(STOPS), *words]
-    command += ["--", "--set", "recover.iterations=20"]
+    command += ["--", "--set", "recover.lr=0.05"]
     environment = clean_environment() | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),

@@ -1,6 +1,8 @@
 """The command line around the verbs: what a machine refuses is one line, and who speaks."""
 
 import errno
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from guardbench.cli.options import process_rank
 from guardbench.errors import GuardbenchError
-from guardbench.store import check_workspace, check_writable
+from guardbench.store import check_workspace, check_writable, read_text
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,7 @@ from guardbench.store import check_workspace, check_writable
             PermissionError(errno.EACCES, "Permission denied", "data/n1"),
             "data/n1: Permission denied",
         ),
+        (OSError(errno.ENOSPC, "No space left on device"), "what is printed cannot be written"),
     ],
 )
 def test_what_a_machine_refuses_is_one_line(
@@ -32,11 +35,19 @@ def test_what_a_machine_refuses_is_one_line(
         raise error
 
     monkeypatch.setattr(cli, "app", fails)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which may be replaced
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(GuardbenchError, match="no ordinary file, as record must be"):
+            read_text(path, what="record")
 
 
 @pytest.mark.parametrize(
