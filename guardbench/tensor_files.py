@@ -70,7 +70,9 @@ def load_torch(path: Path, *, where: str | None = None) -> Any:
     # damaged or hostile file, and each means the same to the user.
     except Exception as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it names {named[1]}" if named else brief(error)
+        # Torch's own words are a number, or how to let any code run.
+        other = "it holds more than tensors, or torch.save did not write it whole"
+        why = f"it names {named[1]}" if named else other
         raise _damaged(where, why) from error
 
 

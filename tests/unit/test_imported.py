@@ -122,6 +122,7 @@ def bad_files(model, folder):
     torch.save({"epoch": 3}, folder / "empty.pt")
     torch.save([1, 2], folder / "list.pt")
     (folder / "code.pt").write_bytes(pickle.dumps(Evil()))
+    (folder / "text.pth").write_text("hello")
     (folder / "text.safetensors").write_text("<html>not found</html>")
     (folder / "cut.pt").write_bytes((folder / "good.pt").read_bytes()[:500])
 
@@ -149,6 +150,7 @@ def bad_files(model, folder):
         ("empty.pt", {}, "no tensors by name"),
         ("list.pt", {}, "no tensors by name"),
         ("code.pt", {}, "code in it is never run"),
+        ("text.pth", {}, "torch.save did not write it whole"),
         ("text.safetensors", {}, "cannot be read"),
         ("cut.pt", {}, "cannot be read"),
     ],

@@ -158,7 +158,11 @@ def test_a_list_digest_tells_order_and_boundaries_apart() -> None:
             "eps = 0.06",
             'threat.eps: write it as a fraction in quotes, such as "8/255"',
         ),
-        ('eps = "16/255"', 'eps = "300/255"', "300.255 is more than the whole range of a pixel, .0, 1..$"),
+        (
+            'eps = "16/255"',
+            'eps = "300/255"',
+            "300.255 is more than the whole range of a pixel, .0, 1..$",
+        ),
         ('eps = "16/255"', 'eps = "1/0"', "threat.eps"),
         ('eps = "16/255"', 'eps = "0/255"', "threat.eps"),
         ('eps = "16/255"', 'eps = "16"', "did you mean 16/255"),
