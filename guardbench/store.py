@@ -128,7 +128,8 @@ def explained(target: Path, *, option: str = "--output") -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         gone = error.filename or brief(error)
-        if Path(gone).name.startswith(_PROBE):
+        own = f".{target.name}." if target.parent.is_dir() else _PROBE  # of `atomic_path`
+        if Path(gone).name.startswith((_PROBE, own)):
             raise GuardbenchError(
                 f"{target}: cannot be written (nothing can be made there); choose another folder with "
                 f"{option}."

@@ -10,7 +10,7 @@ import torch
 
 from guardbench.cli.options import process_rank
 from guardbench.errors import GuardbenchError
-from guardbench.store import check_workspace, check_writable, read_text
+from guardbench.store import check_workspace, check_writable, read_text, write_text
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,12 @@ def test_what_a_machine_refuses_is_one_line(
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_where_nothing_can_be_made_nothing_was_removed() -> None:
+    with pytest.raises(GuardbenchError, match=r"/proc/x\.json: cannot be written"):
+        write_text(Path("/proc/x.json"), "{}")
 
 
 def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
