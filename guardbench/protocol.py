@@ -81,8 +81,8 @@ class Threat(Strict):
         return ThreatModel(self.norm, parse_fraction(self.eps))
 
 
-LARGEST_RATE = 1e9
-"""Of learning rates and weight decays; beyond, products of float32 overflow."""
+LARGEST_RATE = 1e30
+"""Of learning rates and weight decays; not far beyond, they are no float32 any more."""
 
 
 class Student(Strict):
