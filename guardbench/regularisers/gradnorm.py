@@ -30,7 +30,7 @@ class GradientNorm:
     @property
     def cost(self) -> float:
         """See `Regulariser.cost`."""
-        return 2.0
+        return 3.2  # measured, see benchmarks/distilling.py
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Regulariser.backward`."""
