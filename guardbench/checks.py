@@ -162,8 +162,8 @@ def _differ(first: Tensor, second: Tensor) -> Tensor:
     """Images whose two answers differ by more than float noise, bool [n]."""
     noise = torch.maximum(rounding(first), rounding(second))
     # A masked class is -inf twice.
-    apart = torch.where(first == second, 0.0, (first - second).abs())
-    return ~(apart.amax(1) <= noise)
+    apart = torch.where(first == second, 0.0, (first - second).abs()).amax(1)
+    return (apart > 0) & ~(apart <= noise)
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -270,9 +270,8 @@ def stream(
         moved = state["moved"].to(x.device, copy=True)
         found[moved] = state["found"].to(x.device)
         rows = {name: value.to(x.device) for name, value in state["rows"].items()}
-        draw_on(
-            state.get("drawn", ())
-        )  # a model that answers at random goes on with the draws that came next
+        # For a model that answers at random; earlier checkpoints have none.
+        draw_on(state.get("drawn", ()))
 
     def note() -> None:
         if journal is not None:
