@@ -107,7 +107,7 @@ def read_text(path: Path, *, what: str, limit: int = 64 << 20) -> str:
     try:
         found = path.stat()
         size = found.st_size
-        if not stat.S_ISREG(found.st_mode) and path.exists() and not path.is_dir():
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
             raise GuardbenchError(f"{path}: is no ordinary file, as {what} must be.")
         if size > limit:
             raise GuardbenchError(f"{path}: {what} is {size} bytes, over the limit of {limit}.")

@@ -102,8 +102,8 @@ def main() -> None:
                 # What was buffered would be tried again as Python ends, with a traceback.
                 sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
                 _fail(
-                    f"what is printed cannot be written: {error.strerror}; free some space, or print "
-                    "elsewhere."
+                    f"a file, or what is printed, cannot be written: {error.strerror}; free some space, or "
+                    "write elsewhere."
                 )
             _fail(
                 f"{error.filename}: {error.strerror}; mend that (permissions, a broken link, the disk), or "

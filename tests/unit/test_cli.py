@@ -23,7 +23,10 @@ from guardbench.store import check_workspace, check_writable, read_text, write_t
             PermissionError(errno.EACCES, "Permission denied", "data/n1"),
             "data/n1: Permission denied",
         ),
-        (OSError(errno.ENOSPC, "No space left on device"), "what is printed cannot be written"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "a file, or what is printed, cannot be written: No space",
+        ),
     ],
 )
 def test_what_a_machine_refuses_is_one_line(

@@ -192,6 +192,15 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def opened_here(module: str, folder, monkeypatch):
+    """The classifier that `network` of a module in `folder` gives, opened for digits."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    source = Source(weights=None, arch=None, python=f"{module}:network", normalisation=None)
+    return open_classifier(source, load_protocol("digits"), torch.device("cpu"), folder)
+
+
 @pytest.mark.parametrize(
     ("body", "line"),
     [
@@ -213,12 +222,8 @@ def test_a_function_that_cannot_take_any_number_of_images_is_told_first(
     (tmp_path / "picky_here.py").write_text(
         f"import torch\nclass network(torch.nn.Module):\n    def forward(self, x): {body}\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "picky_here", raising=False)
-    source = Source(weights=None, arch=None, python="picky_here:network", normalisation=None)
     with pytest.raises(GuardbenchError, match=line) as caught:
-        open_classifier(source, load_protocol("digits"), torch.device("cpu"), tmp_path)
+        opened_here("picky_here", tmp_path, monkeypatch)
     assert "\n" not in str(caught.value)
 
 
@@ -228,10 +233,7 @@ def test_a_module_that_chooses_another_arithmetic_is_overruled(tmp_path, monkeyp
         "torch.backends.cudnn.allow_tf32 = True\ntorch.backends.cudnn.benchmark = True\n"
         "def network(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    source = Source(weights=None, arch=None, python="fast_here:network", normalisation=None)
-    open_classifier(source, load_protocol("digits"), torch.device("cpu"), tmp_path)
+    opened_here("fast_here", tmp_path, monkeypatch)
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cudnn.benchmark
@@ -243,8 +245,5 @@ def test_a_function_on_a_device_that_is_too_small_for_a_batch_is_taken(tmp_path,
         "        if len(x) > 9: raise torch.OutOfMemoryError('CUDA out of memory. Tried to')\n"
         "        return x.flatten(1)[:, :10]\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    source = Source(weights=None, arch=None, python="small_here:network", normalisation=None)
-    found = open_classifier(source, load_protocol("digits"), torch.device("cpu"), tmp_path)
+    found = opened_here("small_here", tmp_path, monkeypatch)
     assert found.model(torch.zeros(9, 1, 8, 8)).shape == (9, 10)
