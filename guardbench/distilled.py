@@ -17,9 +17,9 @@ from guardbench import canonical
 from guardbench.data.catalog import CATALOG, class_names
 from guardbench.errors import GuardbenchError, brief
 from guardbench.figures import new_figure, save_png
+from guardbench.json_files import first_problem
 from guardbench.models import Classifier, build_model, load_weights, save_weights
 from guardbench.processes import Processes
-from guardbench.protocol import first_problem
 from guardbench.records import LabelKind, Name, Strict
 from guardbench.store import read_text, write_bytes, write_text
 
@@ -143,7 +143,9 @@ def load_distilled(folder: Path) -> DistilledDataset:
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(read_text(path, what="manifest", limit=4 << 20))
+        manifest = Manifest.model_validate_json(
+            read_text(path, what="manifest", limit=4 << 20), strict=True
+        )
     except ValidationError as error:
         raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
     needed = {IMAGES, TEACHER} if manifest.label_kind == "teacher" else {IMAGES}

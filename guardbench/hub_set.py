@@ -42,8 +42,8 @@ from guardbench.errors import GuardbenchError
 from guardbench.hub import answered, check_repo, check_revision, commit_of, downloaded, named_files
 from guardbench.hub_card import ARTIFACT, CARD, LICENCE, TABLE, Facts, card_text, check_licence
 from guardbench.hub_table import check_pictures, draw_preview, write_table
+from guardbench.json_files import first_problem
 from guardbench.progress import Progress
-from guardbench.protocol import first_problem
 from guardbench.records import ResultRecord, printable
 from guardbench.store import atomic_folder, read_text, require_free, write_text
 
@@ -337,10 +337,9 @@ def _their_manifest(
     with downloaded(repo, commit, [remote], place, Progress()) as arrived:
         words = read_text(arrived[remote.path], what="manifest", limit=MANIFEST_LIMIT)
     try:
-        manifest = Manifest.model_validate_json(words)
+        manifest = Manifest.model_validate_json(words, strict=True)
     except ValidationError as error:
-        problem = printable(first_problem(error))
-        raise GuardbenchError(f"{repo}: {remote.path}: {problem}.") from error
+        raise GuardbenchError(f"{repo}: {remote.path}: {first_problem(error)}.") from error
     needed = {IMAGES, TEACHER} if manifest.label_kind == "teacher" else {IMAGES}
     if manifest.files.keys() != needed:
         odd = printable(", ".join(sorted(manifest.files.keys() ^ needed)), 120)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from guardbench.errors import GuardbenchError
-from guardbench.records import Strict, printable
+from guardbench.records import NAME, SHA256, Strict, printable
 
 Made = TypeVar("Made")
 Model = TypeVar("Model", bound=Strict)
@@ -51,7 +53,7 @@ def strictly(model: type[Model], words: dict[str, Any]) -> Model:
     Raises:
         pydantic.ValidationError: a field is wrong: `"5"` and true are no count.
     """
-    return model.model_validate_json(json.dumps(words), strict=True)
+    return model.model_validate_json(json.dumps(words, default=str), strict=True)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,9 +65,53 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return words
 
 
+def problems(error: ValidationError) -> list[tuple[str, str]]:
+    """Every complaint of pydantic as field and message, both printable; the field may be empty."""
+    return [
+        (printable(".".join(str(part) for part in problem["loc"]), 160), _message(problem))
+        for problem in error.errors(include_url=False)
+    ]
+
+
 def first_problem(error: ValidationError) -> str:
     """The first complaint of pydantic as `field: message`, printable."""
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field = printable(".".join(str(part) for part in problem["loc"]), 160)
-    message = printable(problem["msg"].removeprefix("Value error, "))
+    field, message = problems(error)[0]
     return f"{field}: {message}" if field else message
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text in quotes",
+    "tuple_type": "a list in [ ]",
+    "list_type": "a list in [ ]",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+}
+_WRITTEN = {
+    NAME: "lower-case letters, figures and ._+- alone, at most 64",
+    SHA256: "64 figures from 0 to f",
+}
+
+
+def _message(problem: ErrorDetails) -> str:
+    """What pydantic says of a field, for people; what stands there is shown where it is short."""
+    kind, given = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        return "there is no such field; remove it, or correct its name"
+    if kind == "missing":
+        return "is missing; add it"
+    if kind == "value_error":
+        return printable(problem["msg"].removeprefix("Value error, "))
+    if kind == "string_pattern_mismatch":
+        message = f"must be {_WRITTEN.get(problem['ctx']['pattern'], 'written otherwise')}"
+    elif kind in _KINDS:
+        message = f"must be {_KINDS[kind]}"
+    else:
+        said = re.sub("^[A-Z][a-z]+ should", "must", problem["msg"])
+        message = printable(said.replace(" after validation", ""))
+    shown = json.dumps(given, default=str) if isinstance(given, str | int | float) else ""
+    return f"{message}, not {printable(shown, 60)}" if shown else message

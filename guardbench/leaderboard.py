@@ -115,7 +115,7 @@ def _read_assessments(
 
 def _links(root: Path, area: Area, name: str) -> dict[str, str]:
     """`paper` and `code` of a method or a submission; what is no line of text is left out."""
-    from guardbench.protocol import read_toml
+    from guardbench.toml_files import read_toml
 
     path = root / area / name / ("method.toml" if area == "baselines" else "submission.toml")
     if not path.exists():

@@ -11,14 +11,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 import guardbench
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
-from guardbench.protocol import first_problem, read_toml, toml_value, unknown
+from guardbench.protocol import unknown
 from guardbench.record_files import load_record, record_paths
 from guardbench.records import Name, Strict
+from guardbench.toml_files import checked, read_toml, toml_value
 
 
 def _no_regulariser() -> dict[str, str | float | int]:
@@ -148,10 +149,7 @@ def load_method(name: str) -> MethodFile:
     if name not in method_names():
         raise unknown("method", name, method_names())
     path = method_path(name)
-    try:
-        method = MethodFile.model_validate(_words(name, ()))
-    except ValidationError as error:
-        raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
+    method = checked(MethodFile, _words(name, ()), where=str(path))
     if method.name != name:
         raise GuardbenchError(f"{path}: name: {method.name!r} is not the folder's name.")
     return method
@@ -234,10 +232,7 @@ def overridden(
         table, _, field = path.partition(".")
         where = words if table == "regulariser" else words["params"]
         where.setdefault(table, {})[field] = value
-    try:
-        return Recipe.model_validate(words)
-    except ValidationError as error:
-        raise GuardbenchError(f"--set {' '.join(assignments)}: {first_problem(error)}.") from error
+    return checked(Recipe, words, where=f"--set {' '.join(assignments)}")
 
 
 def set_mark(assignments: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -20,21 +19,15 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from guardbench import canonical
-from guardbench.errors import GuardbenchError, brief
+from guardbench.errors import GuardbenchError
 from guardbench.records import RESERVED, Name, Strict
-from guardbench.store import read_text
 from guardbench.threat import Norm, ThreatModel
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from guardbench.toml_files import checked, read_toml
 
 
 def _share(scale: tuple[float, float]) -> tuple[float, float]:
@@ -286,30 +279,6 @@ def parse_fraction(text: str) -> Fraction:
         raise ValueError(f"{text!r} is not a fraction such as 1/255 or 0.25/255") from None
 
 
-def read_toml(path: Path, *, what: str) -> dict[str, Any]:
-    """Reads a TOML file of at most 1 MiB; the error names the file and the line."""
-    try:
-        return tomllib.loads(read_text(path, what=what, limit=1 << 20))
-    except (ValueError, RecursionError) as error:  # deep nesting, and figures beyond what int takes
-        raise GuardbenchError(f"{path}: {what} is not valid TOML: {brief(error)}.") from error
-
-
-def toml_value(text: str) -> Any:
-    """A value as it stands in TOML; a bare word is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first complaint of pydantic as `field: message`."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{field}: {message}" if field else message
-
-
 def unknown(what: str, name: str, known: Iterable[str]) -> GuardbenchError:
     """The error for a name that is not in a list, with the nearest one."""
     known = sorted(known)
@@ -340,11 +309,7 @@ def load_protocol(name: str) -> Protocol:
         path = _folder() / f"{name}.toml"
     else:
         raise unknown("protocol", name, protocol_ids())
-    words = read_toml(path, what="protocol")
-    try:
-        protocol = Protocol.model_validate(words)
-    except ValidationError as error:
-        raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
+    protocol = checked(Protocol, read_toml(path, what="protocol"), where=str(path))
     if path.stem != protocol.id:
         raise GuardbenchError(
             f"{path}: id: {protocol.id!r} is not the file's name: write id = {path.stem!r}, or rename the "

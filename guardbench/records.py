@@ -33,9 +33,11 @@ Tier = Literal["official", "dev"]
 HIDDEN = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
 NAME = r"^[a-z0-9][a-z0-9._+-]{0,63}$"
 
+SHA256 = r"^[0-9a-f]{64}$"
+
 Name = Annotated[str, Field(pattern=NAME)]
 Line = Annotated[str, Field(min_length=1, max_length=200, pattern=f"^[^{HIDDEN}]+$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Field(pattern=SHA256)]
 Bytes = Annotated[int, Field(ge=0, le=1 << 53)]
 
 

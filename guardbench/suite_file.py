@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from guardbench.errors import GuardbenchError
 from guardbench.methods import set_mark
-from guardbench.protocol import first_problem, read_toml, unknown
+from guardbench.protocol import unknown
 from guardbench.records import Name, Strict
+from guardbench.toml_files import checked, read_toml
 
 
 class Matrix(Strict):
@@ -87,10 +88,7 @@ def read_suite(path: Path) -> list[Wanted]:
         GuardbenchError: it cannot be read, a field is wrong, or a cell stands twice; the line names
             file and field.
     """
-    try:
-        suite = SuiteFile.model_validate(read_toml(path, what="suite"))
-    except ValidationError as error:
-        raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
+    suite = checked(SuiteFile, read_toml(path, what="suite"), where=str(path))
     return unique([cell for each in suite.matrix for cell in cells(each, path.parent)], str(path))
 
 

@@ -89,72 +89,91 @@ def new(
         bool, typer.Option("--extra-data", help="More than the training images shaped it.")
     ] = False,
 ) -> None:
-    """Write the form of a submission; on a terminal, what is not given is asked for.
+    """Write the form of a submission, and say which files belong beside it.
+
+    On a terminal, what is not given is asked for.
 
     Example: guardbench submission new submissions/mine --dataset imagenette --resolution 64 --ipc 10
     """
-    from pydantic import ValidationError
-
-    from guardbench.protocol import first_problem
+    from guardbench.data.catalog import dataset_info
+    from guardbench.methods import method_names
     from guardbench.store import write_text
-    from guardbench.submissions.form import FORM, Submission, form_text
+    from guardbench.submissions.form import FORM, Submission, form_text, layout, unmeasured
+    from guardbench.toml_files import checked
 
     if (folder / FORM).exists():
         raise GuardbenchError(f"{folder / FORM}: is there already; edit it.")
-    kind_path = {
-        "folder": "images",
-        "parquet": "images.parquet",
-        "safetensors": "images.safetensors",
+    name = folder.resolve().name
+    if name in method_names():
+        raise GuardbenchError(
+            f"{folder}: {name!r} is a method's own name; call the folder otherwise."
+        )
+    where: dict[Kind, dict[str, str | None]] = {
+        Kind.folder: {"path": path or "images"},
+        Kind.parquet: {"path": path or "images.parquet"},
+        Kind.safetensors: {"path": path or "images.safetensors"},
+        Kind.hub: {"repo": repo, "revision": revision},
+        Kind.url: {"url": url, "sha256": sha256},
     }
-    data: dict[str, Any] = {"kind": kind.value, "path": path or kind_path.get(kind.value)}
-    if kind in (Kind.hub, Kind.url):
-        fields = {"repo": repo, "revision": revision}
-        if kind is Kind.url:
-            fields = {"url": url, "sha256": sha256}
-        data = {"kind": kind.value, **{name: _asked(given, name) for name, given in fields.items()}}
-    label_kind = _asked(labels.value if labels else None, "labels", "hard")
+    said = _answers(
+        {
+            "title": (title, name),
+            "author": (author, None),
+            "dataset": (dataset, None),
+            "resolution": (resolution, None),
+            "ipc": (ipc, "10"),
+            "labels": (labels and labels.value, "hard"),
+            "licence": (licence, "CC-BY-4.0"),
+            "made": (made, None),
+            **{field: (given, None) for field, given in where[kind].items()},
+        }
+    )
     words: dict[str, Any] = {
-        "name": folder.resolve().name,
-        "title": _asked(title, "title", folder.resolve().name),
-        "authors": author or [_asked(None, "author")],
+        "name": name,
+        "authors": author or [said.pop("author")],
         "paper": paper,
         "code": code,
-        "licence": _asked(licence, "licence", "CC-BY-4.0"),
-        "dataset": _asked(dataset, "dataset"),
-        "resolution": _number(resolution, "resolution"),
-        "ipc": _number(ipc, "ipc", "10"),
-        "labels": label_kind,
-        "made": _asked(made, "made"),
         "extra_data": extra_data,
         "claimed_clean": claimed,
-        "data": data,
+        "data": {"kind": kind.value, **{field: said.pop(field) for field in where[kind]}},
+        **{field: value for field, value in said.items() if field != "author"},
     }
-    if label_kind == "teacher":
+    if words["labels"] == "teacher":
         words["teacher"] = {"arch": teacher, "path": "teacher.safetensors"}
-    try:
-        form = Submission.model_validate(words)
-    except ValidationError as error:
-        raise GuardbenchError(f"{folder / FORM}: {first_problem(error)}.") from error
-    write_text(folder / FORM, form_text(form))
+    if words["labels"] == "soft" and kind is Kind.folder:
+        words["soft"] = {"path": "soft.safetensors"}
+    form = checked(Submission, words, where="the form")
+    info = dataset_info(form.dataset)
+    write_text(folder / FORM, form_text(form), option="the argument FOLDER")
     typer.echo(f"wrote {folder / FORM}")
-    where = form.data.path or "what the form names"
-    typer.echo(f"put the images at {where}, then: guardbench submission check {folder}")
+    if (problem := unmeasured(form)) is not None:
+        typer.echo(f"note: {problem} Score it with --protocol FILE.toml, a protocol of your own.")
+    typer.echo("to be put there:")
+    for line in layout(form, info):
+        typer.echo(f"  {line}")
+    typer.echo(f"then: guardbench submission check {folder}")
 
 
-def _number(given: int | None, field: str, default: str | None = None) -> int:
-    text = _asked(given, field, default)
-    if not text.isascii() or not text.isdigit():
-        raise GuardbenchError(f"{field}: {text!r} is no whole number.")
-    return int(text[:9])
+def _answers(wanted: dict[str, tuple[Any, str | None]]) -> dict[str, Any]:
+    """What was given, by option, or the answer of a person at a terminal.
+
+    Args:
+        wanted: what was given of each, or None, and what is offered to who is asked.
+    """
+    silent = [f"--{name}" for name, (given, _) in wanted.items() if given is None]
+    if silent and not sys.stdin.isatty():
+        raise GuardbenchError(f"say {', '.join(silent)}; nobody is here to be asked.")
+    return {
+        name: given if given is not None else _asked(name, default)
+        for name, (given, default) in wanted.items()
+    }
 
 
-def _asked(given: Any, field: str, default: str | None = None) -> str:
-    """What was given, or the answer of a person at a terminal."""
-    if given is not None:
-        return str(given)
-    if not sys.stdin.isatty():
-        raise GuardbenchError(f"--{field.replace('_', '-')}: say it (nobody is here to be asked).")
-    return str(typer.prompt(field, default=default))
+def _asked(name: str, default: str | None) -> str | int:
+    """An answer; a whole number where that is what the form wants."""
+    whole = name in ("resolution", "ipc")
+    answer: str | int = typer.prompt(name, default=default, type=int if whole else str)
+    return answer
 
 
 @app.command()

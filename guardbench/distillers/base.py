@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_args
 
-from pydantic import ValidationError
-
-from guardbench.errors import GuardbenchError
 from guardbench.methods import MethodFile, Recipe
-from guardbench.protocol import first_problem
 from guardbench.records import LabelKind, Strict
 from guardbench.runtime import Run
 from guardbench.stages import StageFolder
 from guardbench.threat import ThreatModel
+from guardbench.toml_files import checked
 
 if TYPE_CHECKING:
     from guardbench.data.dataset import RealDataset
@@ -113,13 +110,9 @@ def read_params(task: Task, family: type[P]) -> P:
     Raises:
         GuardbenchError: a field is missing, unknown or wrong; the message names file and field.
     """
-    try:
-        return family.model_validate(task.recipe.params)
-    except ValidationError as error:
-        raise GuardbenchError(
-            f"baselines/{task.method.name}/method.toml (or --set): recipe "
-            f"{task.dataset}@{task.resolution}: params.{first_problem(error)}."
-        ) from error
+    where = f"baselines/{task.method.name}/method.toml (or --set)"
+    recipe = f"recipe {task.dataset}@{task.resolution}"
+    return checked(family, task.recipe.params, where=f"{where}: {recipe}", inside="params.")
 
 
 def tables(family: type[Strict]) -> dict[str, type[Strict]]:

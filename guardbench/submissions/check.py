@@ -12,21 +12,21 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from guardbench import canonical
+from guardbench import canonical, json_files
 from guardbench.data.catalog import DatasetInfo, dataset_info
 from guardbench.data.dataset import RealDataset
 from guardbench.errors import GuardbenchError
 from guardbench.methods import method_names
 from guardbench.models import Classifier
 from guardbench.progress import Progress
-from guardbench.protocol import Protocol, load_protocol, protocol_ids, read_toml
 from guardbench.record_files import FILE_LIMIT, load_record
 from guardbench.submissions.files import plain_file, walk
-from guardbench.submissions.form import FILL_IN, FORM, Submission
+from guardbench.submissions.form import FILL_IN, FORM, Submission, protocols_for, unmeasured
 from guardbench.submissions.leaks import find_leaks
 from guardbench.submissions.problems import Problems
 from guardbench.submissions.read import Content, read_content
 from guardbench.submissions.teacher import read_teacher, share_known
+from guardbench.toml_files import read_toml
 
 SUM_TOLERANCE = 1e-3
 """How far a soft label may sum from 1: float16 labels of many classes are off by about this."""
@@ -89,8 +89,8 @@ def check(
     if form is None:
         return report
     info = dataset_info(form.dataset)
-    if not own_protocol:
-        _check_setting(form, problems)
+    if not own_protocol and (problem := unmeasured(form)) is not None:
+        problems.add(FORM, "ipc", problem)
     _check_strays(folder, form, problems)
     if content is None:
         return report
@@ -126,11 +126,10 @@ def read_form(folder: Path, problems: Problems) -> Submission | None:
         except GuardbenchError as error:
             raise GuardbenchError(str(error).removeprefix(f"{path}: ")) from error
         try:
-            form = Submission.model_validate(words)
+            form = json_files.strictly(Submission, words)
         except ValidationError as error:
-            for problem in error.errors():
-                where = ".".join(str(part) for part in problem["loc"])
-                problems.add(FORM, where, _in_words(where, problem["type"], problem["msg"]))
+            for field, message in json_files.problems(error):
+                problems.add(FORM, field, f"{message}.")
             return None
         if form.name in method_names():
             problems.add(FORM, "name", f"{form.name!r} is a method's own name; take another.")
@@ -151,42 +150,9 @@ def _list(value: object) -> list[object]:
     return [*value] if isinstance(value, list | tuple) else [value]
 
 
-_PATTERNS = {
-    "name": "lower-case letters, figures and ._+- alone, at most 64",
-    "dataset": "lower-case letters, figures and ._+- alone, at most 64",
-    "data.repo": "OWNER/NAME",
-    "data.revision": "a commit, 40 figures from 0 to f",
-    "data.sha256": "64 figures from 0 to f",
-    "teacher.arch": "the name of an architecture",
-}
-
-
-def _in_words(where: str, kind: str, message: str) -> str:
-    """What pydantic says of a field, for people."""
-    if kind == "extra_forbidden":
-        return "there is no such field; remove it."
-    if kind == "missing":
-        return "missing; add it."
-    if kind == "string_pattern_mismatch":
-        return f"must be {_PATTERNS.get(where, 'written otherwise')}."
-    return message.removeprefix("Value error, ") + "."
-
-
 def recipe_of(form: Submission, content: Content) -> str:
     """Digest of all that a submission is, which its record holds as that of its recipe."""
     return canonical.digest({"form": form.sha256, "files": content.files})
-
-
-def protocols_for(form: Submission) -> list[Protocol]:
-    """The published protocols that measure a submission's dataset, resolution and IPC."""
-    known = [load_protocol(name) for name in protocol_ids()]
-    return [
-        protocol
-        for protocol in known
-        if (protocol.dataset, protocol.resolution) == (form.dataset, form.resolution)
-        and form.ipc in protocol.ipc
-        and protocol.superseded_by is None
-    ]
 
 
 def _read(
@@ -200,23 +166,6 @@ def _read(
         return form, None, None  # that it could not be fetched, its caller says
     content = read_content(folder, form, info, fetched, problems)
     return form, content, read_teacher(folder, form, info, problems)
-
-
-def _check_setting(form: Submission, problems: Problems) -> None:
-    if protocols_for(form):
-        return
-    settings = sorted(
-        {
-            f"{p.dataset} at {p.resolution} px, IPC {', '.join(map(str, p.ipc))}"
-            for p in map(load_protocol, protocol_ids())
-        }
-    )
-    problems.add(
-        FORM,
-        "ipc",
-        f"no protocol measures {form.dataset} at {form.resolution} px, IPC {form.ipc}; there are "
-        f"{'; '.join(settings)}.",
-    )
 
 
 def _check_strays(folder: Path, form: Submission, problems: Problems) -> None:

@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from guardbench import canonical
-from guardbench.errors import GuardbenchError
-from guardbench.protocol import first_problem, read_toml
+from guardbench.data.catalog import DatasetInfo
+from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.records import HIDDEN, LabelKind, Name, Sha256, Strict, only_const
+from guardbench.toml_files import checked, read_toml
 
 FORM = "submission.toml"
 FORM_VERSION: Literal[1] = 1
@@ -22,6 +23,18 @@ FILL_IN = "FILL IN"
 def _line(text: str) -> str:
     if not re.fullmatch(f"[^{HIDDEN}<>]+", text):
         raise ValueError("must be one line without control characters, < and >")
+    return text
+
+
+def _repository(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", text, re.ASCII):
+        raise ValueError("must be OWNER/NAME")
+    return text
+
+
+def _commit(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{40}", text):
+        raise ValueError("must be a commit, 40 figures from 0 to f")
     return text
 
 
@@ -66,10 +79,8 @@ class Data(Strict):
 
     kind: Literal["folder", "parquet", "safetensors", "hub", "url"]
     path: RelativePath | None = None
-    repo: str | None = Field(
-        default=None, pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$"
-    )
-    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    repo: Annotated[str, AfterValidator(_repository)] | None = None
+    revision: Annotated[str, AfterValidator(_commit)] | None = None
     url: Link | None = None
     sha256: Sha256 | None = None
 
@@ -163,10 +174,70 @@ def load_form(folder: Path) -> Submission:
             `form_problems` gives all).
     """
     path = folder / FORM
-    try:
-        return Submission.model_validate(read_toml(path, what="submission"))
-    except ValidationError as error:
-        raise GuardbenchError(f"{path}: {first_problem(error)}.") from error
+    return checked(Submission, read_toml(path, what="submission"), where=str(path))
+
+
+def protocols_for(form: Submission) -> list[Protocol]:
+    """The published protocols that measure a submission's dataset, resolution and IPC."""
+    known = [load_protocol(name) for name in protocol_ids()]
+    return [
+        protocol
+        for protocol in known
+        if (protocol.dataset, protocol.resolution) == (form.dataset, form.resolution)
+        and form.ipc in protocol.ipc
+        and protocol.superseded_by is None
+    ]
+
+
+def unmeasured(form: Submission) -> str | None:
+    """That no published protocol measures its setting, and which settings there are; None where one does."""
+    if protocols_for(form):
+        return None
+    settings = sorted(
+        {
+            f"{p.dataset} at {p.resolution} px, IPC {', '.join(map(str, p.ipc))}"
+            for p in map(load_protocol, protocol_ids())
+        }
+    )
+    return (
+        f"no protocol measures {form.dataset} at {form.resolution} px, IPC {form.ipc}; there are "
+        f"{'; '.join(settings)}."
+    )
+
+
+def layout(form: Submission, info: DatasetInfo) -> list[str]:
+    """Which files belong into the folder of a submission, a line each, to be filled by its author."""
+    side, ipc = form.resolution, form.ipc
+    every, inline = info.num_classes * ipc, form.labels == "soft" and form.soft is None
+    shape = f"[{every}, {info.channels}, {side}, {side}]"
+    order = ", ".join(f"{label} {info.describe(key)}" for label, key in enumerate(info.classes[:3]))
+    labels = f"whole numbers from 0 to {info.num_classes - 1}" + (
+        f" ({order}, ...)" if order else ""
+    )
+    path = form.data.path or form.data.url or str(form.data.repo)
+    if path.endswith(".parquet"):
+        rows = f"{path}: Hugging Face's layout, a row an image: image (a PNG of {side} px), label: {labels}"
+        found = [rows + (", soft_label: probabilities" if inline else "")]
+    elif form.data.kind == "folder":
+        some = ", ".join(info.describe(key) for key in info.classes[:3]) or "as in the training set"
+        found = [
+            f"{path}/<class>/<name>.png: {ipc} of {side} px in each of {info.num_classes} folders: {some}"
+        ]
+    else:
+        found = [
+            f"{path}: images {shape}, float32 in [0, 1] or uint8, not normalised",
+            f"{path}: labels [{every}], {labels}",
+        ]
+        if inline:
+            found.append(f"{path}: soft [{every}, {info.num_classes}], probabilities")
+    if form.soft is not None:
+        found.append(
+            f"{form.soft.path}: soft [{every}, {info.num_classes}], probabilities, in the order of "
+            "the images' paths"
+        )
+    if form.teacher is not None:
+        found.append(f"{form.teacher.path}: the weights of a guardbench {form.teacher.arch}")
+    return found
 
 
 def form_text(form: Submission) -> str:

@@ -44,9 +44,9 @@ from guardbench.scoring import Costs
 from guardbench.scoring_plan import engines_used
 from guardbench.stages import StageFolder
 from guardbench.store import check_workspace, explained
-from guardbench.submissions.check import Report, check, protocols_for, read_form, recipe_of
+from guardbench.submissions.check import Report, check, read_form, recipe_of
 from guardbench.submissions.fetch import fetch_data
-from guardbench.submissions.form import FORM, Submission
+from guardbench.submissions.form import FORM, Submission, protocols_for
 from guardbench.submissions.problems import Problems
 from guardbench.submissions.read import Content
 from guardbench.tier import SMOKE_IMAGES, sample_size, smoke

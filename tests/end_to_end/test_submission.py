@@ -45,6 +45,45 @@ def scored(tmp_path_factory):
     return folder, words, guardbench(*words, cwd=folder)
 
 
+def test_a_new_form_says_which_files_belong_beside_it(tmp_path) -> None:
+    made = guardbench(*NEW, cwd=tmp_path)
+    assert made.stdout.splitlines() == [
+        "wrote submissions/mine/submission.toml",
+        "to be put there:",
+        "  images.safetensors: images [10, 1, 8, 8], float32 in [0, 1] or uint8, not normalised",
+        "  images.safetensors: labels [10], whole numbers from 0 to 9 (0 0, 1 1, 2 2, ...)",
+        "then: guardbench submission check submissions/mine",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--title": None, "--ipc": None}, "error: say --title, --ipc; nobody is here to be asked."),
+        ({"--dataset": "digit"}, "error: unknown dataset 'digit'. Did you mean digits?"),
+        ({"--made": "briefly"}, 'error: the form: made: must have at least 20 characters, not "briefly".'),
+        ({"--kind": "hub"}, "error: say --repo, --revision; nobody is here to be asked."),
+    ],
+)  # fmt: skip
+def test_a_form_that_is_wrong_is_not_written(tmp_path, changes, said) -> None:
+    options = {**dict(zip(NEW[3::2], NEW[4::2], strict=True)), **changes}
+    words = [word for pair in options.items() if pair[1] is not None for word in pair]
+    made = guardbench(*NEW[:3], *words, cwd=tmp_path)
+    assert made.returncode == 2
+    assert made.stderr.startswith(said)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_setting_that_no_protocol_measures_is_told(tmp_path) -> None:
+    made = guardbench(
+        *NEW, "--resolution", "9", "--labels", "soft", "--kind", "folder", cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    assert "note: no protocol measures digits at 9 px, IPC 1" in made.stdout
+    assert "  soft.safetensors: soft [10, 10], probabilities" in made.stdout
+    assert "images/<class>/<name>.png: 1 of 9 px in each of 10 folders" in made.stdout
+
+
 def test_without_images_the_check_says_what_is_missing(tmp_path) -> None:
     assert guardbench(*NEW, cwd=tmp_path).returncode == 0
     found = guardbench("submission", "check", "submissions/mine", "--json", "x.json", cwd=tmp_path)

@@ -122,7 +122,7 @@ def with_(words, value, *path):
         ("[" * 100_000, "nested too deeply"),
         (canonical.dumps({**V2, "schema_version": 99}), "made by a newer guardbench"),
         (canonical.dumps(without(V2, "schema_version")), "schema_version: must be an integer"),
-        (canonical.dumps({**V2, "surprise": 1}), "surprise: Extra inputs"),
+        (canonical.dumps({**V2, "surprise": 1}), "surprise: there is no such field"),
         (canonical.dumps(with_(V2, "2", "tracks", "soft", 0, "rank")), "tracks.soft.0.rank: "),
         (canonical.dumps(with_(V2, 0, "tracks", "soft", 0, "rank")), "tracks.soft.0.rank: "),
         (canonical.dumps(with_(V2, "ours", "tracks", "soft", 0, "area")), "tracks.soft.0.area: "),

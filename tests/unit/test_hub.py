@@ -736,7 +736,7 @@ HOSTILE = {
     "not-text": (replace(MANIFEST, b"\xff\xfe{}"), "not UTF-8"),
     "deep": (replace(MANIFEST, b"[" * 100_000), "manifest.json"),
     "long-manifest": (replace(MANIFEST, b" " * (5 << 20)), "over the limit"),
-    "unknown-field": (bent_manifest(**{"run\x1b[2J": "x"}), "Extra inputs"),
+    "unknown-field": (bent_manifest(**{"run\x1b[2J": "x"}), "there is no such field"),
     "leads-out": (bent_manifest(files={"../../evil": "0" * 64}), "differs by ../../evil"),
     "more-files": (bent_manifest(files={"images.safetensors": "0", "a.pkl": "0"}), "a.pkl"),
     "terminal": (bent_manifest(files={"\x1b[31m\n": "0"}), r"\\x1b"),

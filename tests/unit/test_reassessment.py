@@ -235,7 +235,7 @@ def changed(**words):
     [
         (changed(schema_version=2), "schema_version: made by a newer guardbench"),
         (changed(schema_version=None), "schema_version: must be an integer"),
-        (changed(surprise=1), "surprise: Extra inputs"),
+        (changed(surprise=1), "surprise: there is no such field"),
         (changed(result_sha256="x"), "result_sha256: "),
         (changed(attack="a\nb"), "attack: "),
         (changed(made_by="\u202ea"), "made_by: "),

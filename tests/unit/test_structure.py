@@ -16,6 +16,7 @@ ROOMS = [
     ["errors", "canonical", "threat", "interrupts"],
     ["store", "locks", "progress", "figures", "commit"],
     [
+        "toml_files",
         "protocol",
         "methods",
         "suite_file",

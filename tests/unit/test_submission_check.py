@@ -227,7 +227,7 @@ BROKEN = {
     ),
     "unknown field": (
         rewritten(colour='"red"'),
-        "submission.toml: colour: there is no such field; remove it.",
+        "submission.toml: colour: there is no such field; remove it, or correct its name.",
     ),
     "what convert left open": (
         rewritten(licence='"FILL IN, such as CC-BY-4.0"'),
@@ -247,7 +247,7 @@ BROKEN = {
     ),
     "a name with capitals": (
         rewritten(name='"Mine"'),
-        "submission.toml: name: must be lower-case letters, figures and ._+- alone, at most 64.",
+        'submission.toml: name: must be lower-case letters, figures and ._+- alone, at most 64, not "Mine".',
     ),
     "nan": (
         value(3, float("nan")),

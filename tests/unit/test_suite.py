@@ -117,16 +117,28 @@ def test_a_file_is_every_combination_of_its_matrices(tmp_path) -> None:
         narrowed(found, ["dc"], ["digits"], [])
 
 
+MATRIX = '[[matrix]]\ndatasets = ["d"]\n'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "matrix: Field required"),
+        ("", "matrix: is missing; add it"),
         ("matrix = [", "not valid TOML"),
+        ("matrix = 3", r"matrix: must be a list in \[ \], not 3"),
+        ("matrix = [3]", r"matrix\.0: must be a table, not 3"),
         ('[[matrix]]\nmethods = ["a"]', r"matrix\.0: protocols: say what to run on"),
-        ('[[matrix]]\nmethods = []\ndatasets = ["digits"]', r"matrix\.0\.methods: "),
-        ('[[matrix]]\nmethods = ["a"]\ndatasets = ["d"]\nipcs = [0]', r"matrix\.0\.ipcs\.0: "),
-        ('[[matrix]]\nmethods = ["a"]\ndatasets = ["d"]\nepochs = 1', r"matrix\.0\.epochs: "),
-        ('[[matrix]]\nmethods = ["a", "a"]\ndatasets = ["d"]', "d/ipc10/a stands twice"),
+        (MATRIX + "methods = []", r"matrix\.0\.methods: must have at least 1 item"),
+        (MATRIX + 'methods = "a"', r'matrix\.0\.methods: must be a list in \[ \], not "a"'),
+        (MATRIX + "methods = [3]", r"matrix\.0\.methods\.0: must be text in quotes, not 3"),
+        (MATRIX + 'methods = ["A"]', r'methods\.0: must be lower-case letters, .*, not "A"'),
+        (MATRIX + 'methods = ["a"]\nreferences = 1', r"references: must be true or false, not 1"),
+        (MATRIX + 'methods = ["a"]\nipcs = [true]', r"ipcs\.0: must be a whole number, not true"),
+        (MATRIX + 'methods = ["a"]\nipcs = ["1"]', r'ipcs\.0: must be a whole number, not "1"'),
+        (MATRIX + 'methods = ["a"]\nipcs = [1.0]', r"ipcs\.0: must be a whole number, not 1\.0"),
+        (MATRIX + 'methods = ["a"]\nipcs = [0]', r"matrix\.0\.ipcs\.0: must be greater than 0, not 0"),
+        (MATRIX + 'methods = ["a"]\nepochs = 1', r"matrix\.0\.epochs: there is no such field"),
+        (MATRIX + 'methods = ["a", "a"]', "d/ipc10/a stands twice"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line_that_names_file_and_field(tmp_path, text, said) -> None:

@@ -402,8 +402,13 @@ def test_noise_and_views_are_choices(tmp_path) -> None:
     ("words", "message"),
     [
         ({"match": {"steps": None}}, r"digits@8.*nothing of steps for IPC 1; it has IPC 10"),
-        ({"match": {"image_lr": -1}}, r"digits@8.*params\.match\.image_lr"),
+        ({"match": {"image_lr": -1}}, r"digits@8.*params\.match\.image_lr: must be greater than"),
         ({"match": {"stepz": 1}}, r"digits@8.*params\.match\.stepz"),
+        (
+            {"match": {"iterations": True}},
+            r"params\.match\.iterations: must be a whole number, not true",
+        ),
+        ({"match": {"init": 3}}, r"params\.match\.init: must be 'real' or 'noise', not 3"),
         ({"match": {"max_start_epoch": 2}}, r"epoch 3 of the experts .* end at 2"),
         ({"match": {"labels": "expert", "init": "noise"}}, r"set match\.init to real"),
         ({"experts": {"arch": "convnet-d3-bn-small"}}, r"BN statistics.*set experts\.arch"),
