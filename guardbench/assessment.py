@@ -13,6 +13,7 @@ from guardbench.data.locate import locate
 from guardbench.devices import make_accelerator
 from guardbench.errors import GuardbenchError
 from guardbench.evaluation import measured_indices, measured_test
+from guardbench.filing import engine_mark
 from guardbench.imported import Imported
 from guardbench.pipeline import choose_protocol
 from guardbench.progress import Progress
@@ -35,6 +36,7 @@ class Request:
 
     protocol: str
     source: Source
+    student: int
     seed: int
     engine: Engine
     tier: Tier
@@ -63,9 +65,13 @@ class Prepared:
     def record_path(self) -> Path:
         """Where the record goes."""
         folder = self.request.output / "classifiers" / self.protocol.id
-        engine = "-reference" if self.request.engine == "reference" else ""
+        student = f"-student{self.request.student}" if self.request.student else ""
+        engine = engine_mark(self.request.engine)
         tier = "" if self.sample is None else "-dev"
-        return folder / f"{self.imported.described.name}-seed{self.request.seed}{engine}{tier}.json"
+        return (
+            folder
+            / f"{self.imported.described.name}-seed{self.request.seed}{student}{engine}{tier}.json"
+        )
 
 
 def prepare(request: Request, progress: Progress) -> Prepared:
@@ -76,6 +82,11 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     """
     request.source.require_one()
     protocol = choose_protocol(None, request.protocol)
+    students = len(protocol.student.seeds)
+    if request.student >= students:
+        raise GuardbenchError(
+            f"--student {request.student}: protocol {protocol.id} has {students}, counted from 0."
+        )
     classes = dataset_info(protocol.dataset).num_classes
     sample = sample_size(protocol, classes, request.tier, request.images)
     locate(protocol.dataset, request.data_dir, cache_dir=request.cache_dir)
@@ -135,7 +146,14 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
                 progress=run.progress,
                 per_class=1,
             )
-        run.require_alike(validation=test.digest)
+        run.require_alike(
+            validation_images=test.digest,
+            protocol=protocol.digest,
+            classifier=prepared.imported.described.weights_sha256,
+            student=request.student,
+            engine=request.engine,
+            tier=request.tier,
+        )
         order = measured_indices(protocol, test, sample)
         x, y = test.select(order), test.labels[order]
         model = prepared.imported.model
@@ -143,7 +161,7 @@ def assess(prepared: Prepared) -> tuple[ClassifierRecord, Path]:
             run,
             protocol,
             seed=request.seed,
-            position=0,
+            position=request.student,
             subject=run.processes.from_main(
                 lambda: fingerprint(prepared.imported, x[:8], y[:8], run.device)
             ),

@@ -12,8 +12,13 @@ from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import alone_at, board_path, build_workspace_boards, rebuild, write
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.record_files import save_record
-from guardbench.records import ResultRecord
+from guardbench.records import Engine, ResultRecord
 from guardbench.store import read_text, write_text
+
+
+def engine_mark(engine: Engine) -> str:
+    """The end of a record's file name by whose loops ran AutoAttack, so that both records can stand."""
+    return "" if engine == "guardbench" else f"-{engine}"
 
 
 @dataclass(frozen=True, kw_only=True)

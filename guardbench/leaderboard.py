@@ -18,7 +18,7 @@ from guardbench.board_files import FOLDER, is_board
 from guardbench.ddranking import whole_set
 from guardbench.errors import GuardbenchError
 from guardbench.locks import locked
-from guardbench.ranking import BoardProtocol, RecordFile, build_leaderboard, mismatch
+from guardbench.ranking import BoardProtocol, RecordFile, build_leaderboard, mismatch, other_images
 from guardbench.reassessment import FOLDER as ASSESSMENTS
 from guardbench.reassessment import Assessment, AssessmentFile, assessed_path, load_assessment
 from guardbench.record_files import load_record, record_paths
@@ -40,17 +40,27 @@ def board_path(protocol: str, ipc: int) -> Path:
     return Path(FOLDER) / protocol / f"ipc{ipc}.json"
 
 
-def read_records(root: Path, pattern: str) -> list[RecordFile]:
+def read_records(
+    root: Path, pattern: str, warn: Callable[[str], None] | None = None
+) -> list[RecordFile]:
     """Loads every record under `root` that matches the glob `pattern`, sorted by path.
+
+    Args:
+        warn: told of each that cannot be read, which is then left out; it is an error when absent.
 
     Raises:
         GuardbenchError: one cannot be read, is wrong, or is a link that leads out of `root`.
     """
     files = []
     for path in record_paths(root, pattern):
-        _require_inside(root, path)
-        name = path.relative_to(root).as_posix()
-        files.append(RecordFile(name, canonical.file_digest(path), load_record(path)))
+        try:
+            _require_inside(root, path)
+            name = path.relative_to(root).as_posix()
+            files.append(RecordFile(name, canonical.file_digest(path), load_record(path)))
+        except GuardbenchError as error:
+            if warn is None:
+                raise
+            warn(str(error))
     return files
 
 
@@ -140,10 +150,12 @@ def _render(
 ) -> dict[Path, str]:
     protocols: dict[str, BoardProtocol] = {}
     groups: dict[tuple[str, int], list[RecordFile]] = {}
+    first: dict[str, RecordFile] = {}
     for file in files:
         try:
             protocol = _protocol_of(file, protocols, load)
             reason = mismatch(file.record, protocol, file.record.ipc)
+            reason = reason or other_images(file.record, first.setdefault(protocol.id, file))
             if reason:
                 raise GuardbenchError(f"{printable(file.path)}: {reason}")
         except GuardbenchError as error:
@@ -213,8 +225,8 @@ def build_workspace_boards(
     Args:
         workspace: holds `records/<protocol>/ipc<k>/*.json`; gains `leaderboards/`.
         load: protocol id -> protocol; guardbench's own protocols when absent.
-        warn: told of each record that cannot stand on a board, such as one of an older protocol;
-            such a record is an error when absent.
+        warn: told of each record that cannot be read, or not stand on a board, such as one of an older
+            protocol; such a record is an error when absent.
 
     Returns:
         The board files, sorted.
@@ -223,7 +235,7 @@ def build_workspace_boards(
         GuardbenchError: a file cannot be read or written, or a record cannot stand on a board.
     """
     with alone_at(workspace):
-        files = read_records(workspace, "records/*/ipc*/*.json")
+        files = read_records(workspace, "records/*/ipc*/*.json", warn)
         texts = _render(files, load or _load_protocol, warn)
         write(workspace, texts)
     return [workspace / path for path in texts if is_board(path.name)]

@@ -29,13 +29,14 @@ from guardbench.evaluation import (
     measured_test,
     plan_evaluation,
 )
-from guardbench.filing import Place, checkout_for, file_record, own_protocol
+from guardbench.filing import Place, checkout_for, engine_mark, file_record, own_protocol
 from guardbench.methods import MethodFile, load_method, overridden, set_mark
 from guardbench.models import build_model
 from guardbench.processes import Processes
 from guardbench.progress import Progress
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.provenance import provenance
+from guardbench.record_files import load_record
 from guardbench.records import Engine, Method, ResultRecord, Tier
 from guardbench.registry import DISTILLERS, REGULARISERS, resolve
 from guardbench.runtime import Run
@@ -109,7 +110,7 @@ class Plan:
             workspace=self.settings.output,
             area="baselines",
             name=self.method.name,
-            mark=f"{set_mark(self.changed)}-seed{self.settings.seed}",
+            mark=f"{set_mark(self.changed)}-seed{self.settings.seed}{engine_mark(self.settings.engine)}",
             own_protocol=own_protocol(self.settings.protocol),
             checkout=self.checkout,
         )
@@ -212,7 +213,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         threat=protocol.threat.model,
     )
     distilling = distiller.plan(task)
-    return Plan(
+    plan = Plan(
         settings=settings,
         protocol=protocol,
         method=method,
@@ -235,6 +236,8 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         ),
         checkout=checkout,
     )
+    _keep_references(plan)
+    return plan
 
 
 def execute(plan: Plan) -> Finished:
@@ -249,7 +252,15 @@ def execute(plan: Plan) -> Finished:
         if not all(run.processes.collect(plan.decoded)):
             plan = make_plan(settings, run.progress)
             run = plan.task.run
-        run.require_alike(train=train.digest, validation=test.digest)
+        run.require_alike(
+            train_images=train.digest,
+            validation_images=test.digest,
+            protocol=protocol.digest,
+            recipe=plan.task.recipe.digest,
+            IPC=settings.ipc,
+            engine=settings.engine,
+            tier=settings.tier,
+        )
         if settings.log_with:
             run.accelerator.init_trackers(f"{plan.method.name}-{protocol.id}-ipc{settings.ipc}")
         distilled = plan.distiller.distill(plan.task, train)
@@ -289,6 +300,17 @@ def execute(plan: Plan) -> Finished:
     return Finished(record, paths, tuple(warnings))
 
 
+def _keep_references(plan: Plan) -> None:
+    """Refuses to replace a published record by one without the references that it has."""
+    path = plan.place.published_path(plan.protocol.id, plan.settings.ipc)
+    if path is None or plan.settings.references or not path.is_file():
+        return
+    if any(run.references for run in load_record(path).seeds):
+        raise GuardbenchError(
+            f"--publish: {path} holds the references of IOR, LRS and ARS; add --references, or remove it."
+        )
+
+
 def prepare(plan: Plan) -> tuple[RealDataset, RealDataset]:
     """The training and test images, downloaded and decoded where they are not yet.
 
@@ -303,7 +325,13 @@ def prepare(plan: Plan) -> tuple[RealDataset, RealDataset]:
             "here: the record will say so, and has no rank"
         )
     if plan.checkout is not None:
-        require_complete(train)
+        for split in (train, test):
+            require_complete(split)
+    elif not test.complete:
+        plan.task.run.progress.say(
+            f"{len(test)} of {dataset_info(test.name).val_count} validation images of {test.name} are here: "
+            "the test images are drawn from these, and differ from those of other records"
+        )
     return train, test
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -100,15 +101,22 @@ class RecordFile:
         )
 
 
+OTHER_PIXELS = (
+    "other pixels of the test images than most rows have (another copy of the data, or decoder)"
+)
+"""The flag of a row on a board; where no pixels are those of most rows, the first path's stand for them."""
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """A record with everything computed that ranks it."""
+    """A record with everything computed that ranks it; `usual`: on the pixels that most rows have."""
 
     file: RecordFile
     clean: Estimate
     attacks: dict[str, Estimate]
     worst: WorstCase | None
     ranked: Estimate
+    usual: bool
     history: tuple[Past, ...]
 
     @property
@@ -150,7 +158,15 @@ def build_leaderboard(
         if kept is not file:
             both = kept.assessments + file.assessments
             unique[file.record.result_sha256] = replace(kept, assessments=both)
-    entries = sorted((_entry(f, protocol.rank_by) for f in unique.values()), key=lambda e: e.order)
+    pixels = Counter(file.record.test.data_sha256 for file in unique.values())
+    usual = max(pixels, key=lambda digest: pixels[digest], default=None)
+    entries = sorted(
+        (
+            _entry(file, protocol.rank_by, usual=file.record.test.data_sha256 == usual)
+            for file in unique.values()
+        ),
+        key=lambda entry: entry.order,
+    )
     tracks = {
         kind: _ranked([e for e in entries if e.file.record.artifact.label_kind == kind], whole)
         for kind in get_args(LabelKind)
@@ -218,6 +234,21 @@ def mismatch(record: ResultRecord, protocol: BoardProtocol, ipc: int) -> str | N
     return None
 
 
+def other_images(record: ResultRecord, first: RecordFile) -> str | None:
+    """Why `record` cannot stand on the boards of one protocol beside `first`; None when it can.
+
+    A protocol may name how many test images it takes and not which: those depend on the names that a copy
+    of the dataset gives its images.
+    """
+    ours, theirs = record.test.list_sha256, first.record.test.list_sha256
+    if ours == theirs:
+        return None
+    return (
+        f"test.list_sha256: other test images ({ours[:12]}) than {printable(first.path)} has "
+        f"({theirs[:12]}), so they do not compare; run one of them again on the other's copy of the data."
+    )
+
+
 def threat_text(protocol: BoardProtocol) -> str:
     """The threat model in words, such as `linf 1/255`."""
     return f"{protocol.threat.norm} {protocol.threat.eps}"
@@ -234,7 +265,7 @@ def _words(value: object) -> str:
     return ", ".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
 
 
-def _entry(file: RecordFile, rank_by: str) -> _Entry:
+def _entry(file: RecordFile, rank_by: str, *, usual: bool) -> _Entry:
     seeds = file.record.seeds
     attacks = {
         name: estimate([run.attacks[name] for run in seeds]) for name in file.record.attack_names
@@ -252,6 +283,7 @@ def _entry(file: RecordFile, rank_by: str) -> _Entry:
         attacks=attacks,
         worst=None if worst is None or lowest is None else replace(worst, outcomes=lowest),
         ranked=estimate(ranked),
+        usual=usual,
         history=history,
     )
 
@@ -282,7 +314,7 @@ def _row(entry: _Entry, rank: int | None, whole: float | None) -> Row:
         scores=scores(record, whole),
         cost=_cost(record),
         storage=record.artifact,
-        flags=record.flags,
+        flags=record.flags + (() if entry.usual else (OTHER_PIXELS,)),
         history=entry.history,
         record=Source(path=entry.file.path, sha256=entry.file.sha256),
         provenance=RowProvenance(

@@ -431,6 +431,7 @@ class ResultRecord(_Measured):
 class ClassifierRecord(_Measured):
     """One classifier under one protocol, whatever it was trained on; never on a board."""
 
+    seeds: tuple[SeedRun, ...] = Field(min_length=1, max_length=1)
     classifier: Classifier
 
 

@@ -41,6 +41,13 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(help="Of the attacks' random choices.", min=0, max=2**63 - 1)
     ] = 0,
+    student: Annotated[
+        int,
+        typer.Option(
+            help="Whose images to take, counted from 0, where a protocol gives every student its own.",
+            min=0,
+        ),
+    ] = 0,
     engine: EngineOption = EngineName.guardbench,
     tier: TierOption = TierName.official,
     images: DevImages = None,
@@ -53,8 +60,8 @@ def evaluate(
 ) -> None:
     """Attack a classifier with a protocol's attacks: clean and robust accuracy, and a record.
 
-    Attacks for which a protocol gives every seed images of its own run on the first seed's. A killed
-    evaluation goes on when the same command is given again.
+    Attacks for which a protocol gives every student images of its own run on the first one's, or on those
+    that --student names. A killed evaluation goes on when the same command is given again.
 
     Example: guardbench evaluate --protocol digits --weights student.safetensors --arch convnet-d3-bn-small
     """
@@ -68,6 +75,7 @@ def evaluate(
         source=Source(
             weights=weights, arch=arch, python=python, normalisation=normalisation, name=name
         ),
+        student=student,
         seed=seed,
         engine=engine.value,
         tier=tier.value,

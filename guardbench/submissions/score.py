@@ -32,7 +32,7 @@ from guardbench.evaluation import (
     measured_test,
     plan_evaluation,
 )
-from guardbench.filing import Place, checkout_for, file_record, own_protocol
+from guardbench.filing import Place, checkout_for, engine_mark, file_record, own_protocol
 from guardbench.metrics import Measurement, estimate
 from guardbench.pipeline import Finished, choose_protocol, networks, require_complete
 from guardbench.progress import Progress
@@ -245,7 +245,7 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
             workspace=settings.output,
             area="submissions",
             name=form.name,
-            mark="-seed0",
+            mark=f"-seed0{engine_mark(settings.engine)}",
             own_protocol=own_protocol(settings.protocol),
             checkout=checkout,
         ),
@@ -259,7 +259,14 @@ def execute_score(scoring: Scoring) -> Finished:
     warnings: list[str] = []
     with explained(settings.output):
         measured_indices(protocol, test, scoring.evaluating.sample)  # refused before the long part
-        run.require_alike(train=train.digest, validation=test.digest)
+        run.require_alike(
+            train_images=train.digest,
+            validation_images=test.digest,
+            protocol=protocol.digest,
+            submission=scoring.artifact.key,
+            engine=settings.engine,
+            tier=settings.tier,
+        )
         distilled = _distilled(scoring)
         prepared = Costs()
         prepared.add(scoring.artifact)
@@ -375,11 +382,11 @@ def _protocol(settings: Settings, form: Submission) -> Protocol:
                 f"several protocols measure this; name one with --protocol: {named}."
             )
         return fitting[0]
-    protocol = choose_protocol(form.dataset, settings.protocol)
-    if protocol.resolution != form.resolution:
+    protocol = choose_protocol(None, settings.protocol)
+    measured = f"{protocol.dataset} at {protocol.resolution} px"
+    if measured != (distilled := f"{form.dataset} at {form.resolution} px"):
         raise GuardbenchError(
-            f"--protocol {protocol.id} measures {protocol.resolution} px, the submission has "
-            f"{form.resolution}."
+            f"--protocol {protocol.id} measures {measured}, the submission is of {distilled}."
         )
     protocol.check_ipc(form.ipc)
     return protocol

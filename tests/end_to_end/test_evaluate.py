@@ -128,6 +128,21 @@ def test_what_is_finished_is_not_attacked_again_until_the_model_changes(evaluate
     assert "pgd100 0:" not in evaluate(folder).stdout
 
 
+def test_another_students_images_are_taken_on_request(evaluated) -> None:
+    """As an assessment of a row's second student needs them; the columns on all images are the same."""
+    folder, _ = evaluated
+    result = evaluate(folder, "--student", "1")
+    assert result.returncode == 0, result.stderr
+    record = load_any_record(folder / "guardbench-runs/classifiers/quick/lr-seed0-student1.json")
+    (run,), (first,) = record.seeds, the_record(folder).seeds
+    assert (run.attacks["square"].first, run.attacks["square"].total) == (30, 30)
+    assert first.attacks["square"].first == 0
+    assert run.attacks["pgd100"] == first.attacks["pgd100"]
+    result = evaluate(folder, "--student", "3")
+    assert result.returncode == 2
+    assert "--student 3: protocol quick has 3, counted from 0." in result.stderr
+
+
 def test_the_dev_tier_measures_a_share_of_each_class_and_says_so(evaluated) -> None:
     folder, _ = evaluated
     result = evaluate(folder, "--tier", "dev", "--images", "50")

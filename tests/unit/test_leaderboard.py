@@ -24,7 +24,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import board_path, rebuild
 from guardbench.locks import locked
 from guardbench.methods import methods_folder
-from guardbench.ranking import EVALUATION_STAGES, RecordFile, build_leaderboard
+from guardbench.ranking import EVALUATION_STAGES, OTHER_PIXELS, RecordFile, build_leaderboard
 from guardbench.reassessment import Assessment, AssessmentFile
 from guardbench.record_files import load_record, record_paths, save_record
 from guardbench.records import Outcome, ResultRecord, SeedRun
@@ -580,8 +580,8 @@ def test_of_two_runs_that_end_at_once_neither_row_is_lost(tmp_path, monkeypatch)
         save_record(tmp_path / "records/toy/ipc10/sre2l.json", record("sre2l", aa=5))
         leaderboard.build_workspace_boards(tmp_path, load=load)
 
-    def slow(root, pattern):
-        found = real(root, pattern)
+    def slow(root, pattern, warn):
+        found = real(root, pattern, warn)
         if not threads:
             threads.append(threading.Thread(target=second))
             threads[0].start()
@@ -613,6 +613,54 @@ def test_a_stale_record_of_a_workspace_is_an_error_or_a_warning(tmp_path):
     assert len(told) == 2
     assert told[0].startswith("records/gone/ipc10/x.json: protocol: unknown protocol")
     assert told[1].startswith("records/toy/ipc10/sre2l.json: protocol: measured under toy")
+
+
+def test_a_record_that_cannot_be_read_is_an_error_or_a_warning(tmp_path):
+    save_record(tmp_path / "records/toy/ipc10/guard.json", record("guard"))
+    (tmp_path / "records/toy/ipc10/half.json").write_text('{"schema_version": 5, "seeds"')
+    with pytest.raises(GuardbenchError, match=r"half\.json: not a valid record"):
+        leaderboard.build_workspace_boards(tmp_path, load=load)
+    told = []
+    (path,) = leaderboard.build_workspace_boards(tmp_path, load=load, warn=told.append)
+    assert places(json.loads(path.read_text(encoding="utf-8"))) == [("guard", 1)]
+    assert len(told) == 1
+    assert "half.json: not a valid record" in told[0]
+
+
+def on(name, **digests):
+    """A record on test images of these digests."""
+    made = record(name, aa=7)
+    return made.model_copy(update={"test": made.test.model_copy(update=digests)})
+
+
+def test_rows_on_other_test_images_do_not_stand_beside_each_other(tmp_path):
+    """A protocol that names no list is measured on another where a copy names its images otherwise."""
+    save_record(tmp_path / "records/toy/ipc10/guard.json", record("guard"))
+    save_record(
+        tmp_path / "records/toy/ipc1/sre2l.json",
+        on("sre2l", list_sha256="0" * 64).model_copy(update={"ipc": 1}),
+    )
+    said = r"ipc10/guard\.json: test.list_sha256: other test images .* than records/toy/ipc1/sre2l\.json has"
+    with pytest.raises(GuardbenchError, match=said):
+        leaderboard.build_workspace_boards(tmp_path, load=load)
+    told = []
+    boards = leaderboard.build_workspace_boards(tmp_path, load=load, warn=told.append)
+    assert [path.name for path in boards] == ["ipc1.json"]
+    assert len(told) == 1
+
+
+def test_rows_on_other_pixels_of_the_same_images_are_flagged():
+    other = on("sre2l", data_sha256="0" * 64)
+    files = [stored(record("guard")), stored(record("mine")), stored(other)]
+    (rows,) = [build_leaderboard(files, TOY, 10)["tracks"]["soft"]]
+    flags = {row["method"]["name"]: row["flags"] for row in rows}
+    assert flags["guard"] == flags["mine"] == list(GUARD.flags)
+    assert flags["sre2l"] == [*GUARD.flags, OTHER_PIXELS]
+    # Of one each, those of the first path are the usual ones.
+    (rows,) = [
+        build_leaderboard([stored(other), stored(record("guard"))], TOY, 10)["tracks"]["soft"]
+    ]
+    assert [row["method"]["name"] for row in rows if OTHER_PIXELS in row["flags"]] == ["sre2l"]
 
 
 # --- the commands

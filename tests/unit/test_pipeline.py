@@ -75,6 +75,61 @@ def test_too_few_test_images_are_refused_before_the_long_part(imagenette: Path) 
         prepare(planned(imagenette))
 
 
+def test_a_part_of_either_split_is_told_and_not_published(imagenette: Path, monkeypatch) -> None:
+    """Where a protocol names no list, fewer validation images are other test images."""
+    monkeypatch.setattr(pipeline, "measured_indices", lambda *_: [])
+    plan = planned(imagenette)
+    said: list[str] = []
+    monkeypatch.setattr(plan.task.run.progress, "say", said.append)
+    prepare(plan)
+    assert [line.split(" of ")[1].split(" images")[0] for line in said] == [
+        "9469 training", "3925 validation",
+    ]  # fmt: skip
+    public = dataclasses.replace(plan, checkout=imagenette)
+    with pytest.raises(
+        GuardbenchError, match="--publish: 20 training images of imagenette are here"
+    ):
+        prepare(public)
+    whole = [SimpleNamespace(complete=True), load_test(imagenette)]
+    monkeypatch.setattr(pipeline, "_load", lambda _, split: whole[split == "val"])
+    with pytest.raises(
+        GuardbenchError, match="--publish: 10 validation images of imagenette are here"
+    ):
+        prepare(public)
+
+
+def load_test(data: Path):
+    return load_split(
+        "imagenette", "val", resolution=64, data_dir=data, cache_dir=data.parent / "cache",
+        progress=Progress(),
+    )  # fmt: skip
+
+
+def test_a_public_record_keeps_its_references(imagenette: Path, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "baselines/guard/results/imagenette-64/ipc1-seed0.json"
+    monkeypatch.setattr(pipeline, "checkout_for", lambda _: tmp_path)
+    planned(imagenette, publish=True)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    kept = SimpleNamespace(seeds=[SimpleNamespace(references={"random": None})])
+    monkeypatch.setattr(pipeline, "load_record", lambda _: kept)
+    with pytest.raises(
+        GuardbenchError, match=r"ipc1-seed0\.json holds the references .* add --references"
+    ):
+        planned(imagenette, publish=True)
+    kept.seeds[0].references = {}
+    planned(imagenette, publish=True)
+
+
+def test_another_engine_makes_another_file(imagenette: Path) -> None:
+    plan = planned(imagenette)
+    theirs = dataclasses.replace(
+        plan, settings=dataclasses.replace(plan.settings, engine="reference")
+    )
+    assert plan.place.mark == "-seed0"
+    assert theirs.place.mark == "-seed0-reference"
+
+
 def test_a_stage_is_reckoned_at_the_speed_of_its_own_network(tmp_path, monkeypatch) -> None:
     """DC under a protocol of ResNet-18 students matches a ConvNet, and does so on every process alone."""
     rates = {"resnet18": 10.0, "convnet-d3": 100.0}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from guardbench import leaderboard
+from guardbench import leaderboard, reassessment
 from guardbench.cli.leaderboard import app
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import rebuild
@@ -427,6 +427,43 @@ def test_the_command_refuses_what_it_cannot_place(students):
 def test_students_that_cannot_be_told_apart_are_refused(checkout):
     alike = classifier(0, (), own=OWN)
     result = call(checkout, alike)
-    assert "its clean verdicts are those of 3 students of the record" in str(result.exception)
+    assert "3 students of the record are nearest to it, 0 of 60 clean verdicts away" in str(
+        result.exception
+    )
     result = call(checkout, classifier(0, ()))
-    assert "its clean verdicts are those of 0 students of the record" in str(result.exception)
+    assert "3 students of the record are nearest to it, 1 of 60 clean verdicts away" in str(
+        result.exception
+    )
+
+
+def test_a_student_is_known_though_another_machine_rounds_an_image_otherwise(students, monkeypatch):
+    """An image that is wrong in the record without attack stays so under it."""
+    monkeypatch.setattr(reassessment, "SAME_STUDENT", 1 / 60)
+    found = classifier(1, {0, 1})
+    run = found.seeds[0]
+    clean = run.clean.flags()
+    assert not clean[55]
+    clean[55] = True
+    left = [i == 55 or (2 <= i < 50) for i in range(60)]
+    attacks = {**run.attacks, "pgd-100": Outcome.from_flags(left, max_distance=1 / 255)}
+    run = run.model_copy(update={"clean": Outcome.from_flags(clean), "attacks": attacks})
+    result = call(students, found.model_copy(update={"seeds": (run,)}))
+    assert result.exit_code == 0, result.exception
+    made = load_assessment(students / "baselines/guard/assessments/toy/ipc10.v1.pgd-100.json")
+    assert [each.seed for each in made.seeds] == [1]
+    assert not made.seeds[0].outcome.flags()[55]
+    assert sum(made.seeds[0].outcome.flags()) == 48
+    monkeypatch.setattr(reassessment, "SAME_STUDENT", 0.5 / 60)
+    result = call(students, found.model_copy(update={"seeds": (run,)}), word="second")
+    assert "nearest to it, 1 of 60 clean verdicts away" in str(result.exception)
+
+
+def test_an_attack_on_the_images_of_another_student_is_refused(students):
+    """It could lower nothing: the row of the second student rests on its own images."""
+    found = classifier(1, ())
+    run = found.seeds[0]
+    attacks = {**run.attacks, "autoattack": seen({1, 2}, total=20)}
+    run = run.model_copy(update={"attacks": attacks})
+    result = call(students, found.model_copy(update={"seeds": (run,)}), attack="autoattack")
+    assert "autoattack was measured on images 0 to 19" in str(result.exception)
+    assert "student 1 rests on 20 to 39; evaluate it with --student 1." in str(result.exception)
