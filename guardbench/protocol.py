@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -265,18 +266,17 @@ def list_digest(ids: Iterable[str]) -> str:
 
 
 def parse_fraction(text: str) -> Fraction:
-    """The exact value of `1/255`, `0.25/255`, `0.5` or `3`.
+    """The exact value of `1/255`, `0.25/255`, `0.5` or `3`, of at most 40 characters.
 
     Raises:
         ValueError: `text` is no such number, or divides by zero.
     """
-    above, slash, below = text.partition("/")
-    try:
-        if "/" in below:
-            raise ValueError
-        return Fraction(above.strip()) / Fraction(below.strip() if slash else 1)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text!r} is not a fraction such as 1/255 or 0.25/255") from None
+    # An exponent could ask for a number that takes the machine's memory to write down.
+    number = r"\s*(\d+(?:\.\d*)?|\.\d+)\s*"
+    found = re.fullmatch(f"{number}(?:/{number})?", text, re.ASCII) if len(text) <= 40 else None
+    if found is None or (found[2] is not None and Fraction(found[2]) == 0):
+        raise ValueError(f"{text[:60]!r} is not a fraction such as 1/255 or 0.25/255")
+    return Fraction(found[1]) / Fraction(found[2] or 1)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> GuardbenchError:

@@ -73,17 +73,19 @@ class Costs:
         for stage, shared in zip(stages, before, strict=True):
             stored = stage.folder.finished()
             assert stored is not None, stage.folder.name
-            self._add(stored, shared=shared or stage.folder.reused)
+            self._add(stage.folder, stored, shared=shared or stage.folder.reused)
 
     def add(self, *folders: StageFolder) -> None:
         """Notes the costs of finished stages."""
         for folder in folders:
             stored = folder.finished()
             assert stored is not None, folder.name
-            self._add(stored, shared=folder.reused)
+            self._add(folder, stored, shared=folder.reused)
 
-    def _add(self, stored: Mapping[str, Any], *, shared: bool) -> None:
-        self.found.append(stage_cost(stored, shared=shared))
+    def _add(self, folder: StageFolder, stored: Mapping[str, Any], *, shared: bool) -> None:
+        # Who finished it may have had another name for it: a clean pass is the same for every seed.
+        cost = stage_cost(stored, shared=shared).model_copy(update={"stage": folder.name})
+        self.found.append(cost)
         self.commits += stored.get("commits", [stored.get("commit", UNKNOWN)])
         if "searched" in stored:
             self.searched.add(stored["searched"])
@@ -172,7 +174,8 @@ def _score(run: Run, model: nn.Module, x: Images, y: Tensor, stage: PlannedStage
     with folder.claimed() as stored:
         if stored is None:
             folder.begin(run.device)
-            with run.progress.stage(folder.name, len(x), "images") as bar:
+            # A model that answers at random is drawn from alike in every run; the pass has no seed.
+            with run.progress.stage(folder.name, len(x), "images") as bar, seeded(0):
                 right = clean_verdicts(run, model, x, y)
                 bar.advance(len(x), f"{100 * right.float().mean():.1f}% right")
             outcome = Outcome.from_flags(right.tolist())
@@ -194,14 +197,15 @@ def _inspect(
         if stored is None:
             folder.begin(run.device)
             right = torch.tensor(clean.flags()).nonzero().squeeze(1)[:IMAGES]
-            with run.progress.stage(folder.name, len(right), "images") as bar:
+            named = derive_seed(plan.seed, "checks")
+            with run.progress.stage(folder.name, len(right), "images") as bar, seeded(named):
                 found = run.processes.from_main(
                     lambda: inspect(
                         model,
                         x[right].to(run.device),
                         y[right].to(run.device),
                         protocol.threat.model,
-                        seed=derive_seed(plan.seed, "checks"),
+                        seed=named,
                         compare=COMPARED.keys() - compared(protocol),
                     )
                 )

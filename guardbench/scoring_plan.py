@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -145,30 +144,33 @@ def built(protocol: Protocol, spec: AttackSpec, engine: Engine) -> Attack:
         attack = build_attack(spec.kind, protocol.threat.model, params)
     except GuardbenchError as error:
         raise GuardbenchError(f"{where}: {error}") from error
-    step, reach = _reach(attack)
-    if reach < 1:
+    words, count, stride = _steps(attack)
+    if count * stride < 1:
         raise GuardbenchError(
-            f"{where}: {step} end inside the ball of {protocol.threat.model}, and an attack so short says "
+            f"{where}: {words} end inside the ball of {protocol.threat.model}, and an attack so short says "
             "little; raise its step or its steps."
+        )
+    if stride > 2:
+        raise GuardbenchError(
+            f"{where}: each of {words} is longer than the ball of {protocol.threat.model} is wide; lower its "
+            'step (2 levels of 255 are written as "2/255").'
         )
     return attack
 
 
-def _reach(attack: Attack) -> tuple[str, float]:
-    """The steps of an attack in words, and how many radii long they are together at most.
+def _steps(attack: Attack) -> tuple[str, int, float]:
+    """The steps of an attack in words, how many they are, and how many radii long each is at most.
 
-    Infinite where the steps are the attack's own to choose, or are not held to a ball.
+    One of 1 radius where the steps are the attack's own to choose, or are not held to a ball.
     """
     if isinstance(attack, PGD | MIM):
-        return (
-            f"{attack.steps} steps of {attack.step}",
-            float(attack.steps * attack.step / attack.threat.eps),
-        )
+        stride = float(attack.step / attack.threat.eps)
+        return f"{attack.steps} steps of {attack.step}", attack.steps, stride
     if isinstance(attack, Jitter):
-        return f"{attack.steps} steps of {attack.step} radii", attack.steps * attack.step
+        return f"{attack.steps} steps of {attack.step} radii", attack.steps, attack.step
     if isinstance(attack, SPSA):  # a step of Adam is about lr long
-        return f"{attack.steps} steps of {attack.lr} radii", attack.steps * attack.lr
-    return "", math.inf
+        return f"{attack.steps} steps of {attack.lr} radii", attack.steps, attack.lr
+    return "", 1, 1.0
 
 
 def run_by(attack: Attack) -> Engine | None:

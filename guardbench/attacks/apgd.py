@@ -47,6 +47,8 @@ class APGD:
     def __post_init__(self) -> None:
         if min(self.steps, self.targets) < 1:
             raise GuardbenchError(f"steps and targets must be positive: {self}")
+        if self.threat.norm == "l1" and self.steps < 3:
+            raise GuardbenchError(f"in l1 the schedule needs 3 steps: {self}")
 
     @property
     def run_by(self) -> Engine:

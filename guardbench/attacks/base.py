@@ -219,7 +219,7 @@ def run_batch(
             rows = (claimed & ~broken).nonzero().squeeze(1)
             if len(rows):
                 with telling(lambda *_: None):
-                    _, distance[rows], broken[rows] = attacked(model, rows)
+                    _, distance[rows.to(distance.device)], broken[rows] = attacked(model, rows)
     return BatchOutcome(index=index.cpu(), broken=broken.cpu(), distance=distance.cpu())
 
 
@@ -332,7 +332,7 @@ def _inside(attack: Attack, found: Tensor, x: Tensor, index: Tensor) -> tuple[Te
     threat = attack.threat
     norm = "l2" if threat is None else threat.norm
     pairs = zip(torch.split(adv, 256), torch.split(x, 256), strict=True)
-    distance = torch.cat([length(one.double() - other.double(), norm) for one, other in pairs])
+    distance = torch.cat([length(_exact(one) - _exact(other), norm) for one, other in pairs])
     if threat is not None:
         allowed = float(threat.eps) + tolerance(threat, x[0].numel())
         if (wrong := distance > allowed).any():
@@ -342,6 +342,11 @@ def _inside(attack: Attack, found: Tensor, x: Tensor, index: Tensor) -> tuple[Te
                 f" outside eps {threat.eps} = {float(threat.eps):.6g}"
             )
     return adv, distance
+
+
+def _exact(images: Tensor) -> Tensor:
+    """`images` in float64, which Apple's GPUs lack: theirs come to the CPU."""
+    return (images.cpu() if images.device.type == "mps" else images).double()
 
 
 def _first(wrong: Tensor, index: Tensor) -> int:

@@ -282,6 +282,18 @@ def test_columns_that_share_no_images_leave_the_comparison_to_the_checks() -> No
     assert compared(alike) == {"black-box"}
 
 
+@pytest.mark.parametrize("kinds", [("fgsm",), ("deepfool",), ("fgsm", "deepfool")])
+def test_many_queries_may_beat_one_step(kinds) -> None:
+    """Beside one step alone, PGD with restarts is what the checks compare Square with."""
+    base = load_protocol("digits")
+    columns = [AttackSpec(name=kind, kind=kind, params={}) for kind in kinds]
+    square = [spec for spec in base.attacks if spec.kind == "square"]
+    protocol = base.model_copy(update={"attacks": (*columns, *square)})
+    run = seed_run(square=range(80, 100), **{kind: range(100) for kind in kinds})
+    assert "black-box" not in judge(run, protocol)
+    assert "black-box" not in compared(protocol)
+
+
 def test_a_transfer_attack_that_beats_white_box_ones_is_flagged_too() -> None:
     protocol = load_protocol("digits")
     surrogate = AttackSpec(name="moved", kind="transfer", params={})

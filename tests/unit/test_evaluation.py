@@ -135,6 +135,31 @@ def test_an_attack_that_cannot_reach_the_edge_of_the_ball_is_refused(
         scoring_plan.engines_used(protocol.model_copy(update={"attacks": (column,)}), "guardbench")
 
 
+@pytest.mark.parametrize(
+    ("kind", "length", "longest"),
+    [
+        ("pgd", "step", "32/255"),
+        ("mim", "step", "32/255"),
+        ("jitter", "step", 2.0),
+        ("spsa", "lr", 2.0),
+    ],
+)
+def test_a_step_longer_than_the_ball_is_wide_is_refused(kind: str, length: str, longest) -> None:
+    """As where levels of 255 were meant: a search that jumps from corner to corner finds little."""
+    protocol = small_protocol()
+
+    def check(value) -> None:
+        column = protocol.attacks[0].model_copy(update={"kind": kind, "params": {length: value}})
+        scoring_plan.engines_used(protocol.model_copy(update={"attacks": (column,)}), "guardbench")
+
+    check(longest)
+    with pytest.raises(
+        GuardbenchError,
+        match=r"attack pgd100: each of .* is longer than the ball .* lower its step",
+    ):
+        check(3 if kind in ("pgd", "mim") else 2.1)
+
+
 def test_counts_are_those_of_the_network(evaluated) -> None:
     go, _, model, test, order, protocol = evaluated
     runs, costs = go()
@@ -227,14 +252,6 @@ def test_an_attack_column_killed_in_the_midst_of_its_batch_ends_the_same(
     from guardbench.attacks import square
 
     go, _, model, *_ = evaluated
-    clean = scoring.score_clean
-
-    def quietly(model, x, y, **words):  # a clean pass is drawn anew in every run
-        with monkeypatch.context() as patch:
-            patch.setattr(model, "_forward_hooks", {})
-            return clean(model, x, y, **words)
-
-    monkeypatch.setattr(scoring, "score_clean", quietly)
     model.register_forward_hook(lambda _, __, answer: answer + noise * torch.randn_like(answer))
     monkeypatch.setattr("guardbench.stages.CHECKPOINT_EVERY_S", -1.0)
     real, queries = square._Search.advance, []

@@ -217,7 +217,23 @@ def test_fractions(text: str, value: Fraction) -> None:
     assert parse_fraction(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "/", "1/0", "1/2/3", "eps", "1/", "nan"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "/",
+        "1/0",
+        "1/2/3",
+        "eps",
+        "1/",
+        "nan",
+        "1e400",
+        "1e-999999999",
+        "1" * 41,
+        "-1/255",
+        "٣/255",
+    ],
+)
 def test_what_is_no_fraction(text: str) -> None:
     with pytest.raises(ValueError, match="is not a fraction such as"):
         parse_fraction(text)
