@@ -69,10 +69,9 @@ def lowest(session: nox.Session) -> None:
     session.run("pytest", *session.posargs, env=THREADS)
 
 
-@nox.session
+@nox.session(reuse_venv=False)
 def demo(session: nox.Session) -> None:
     """What a newcomer does: install the package, run the first sentence of the README."""
-    session.install("--force-reinstall", "--no-deps", ".")
     session.install(".")
     with tempfile.TemporaryDirectory() as folder:
         session.chdir(folder)

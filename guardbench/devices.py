@@ -105,9 +105,9 @@ def _check_device(device: str) -> str:
     }
     if device == "auto":
         return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
-    kind, _, number = device.partition(":")
+    kind, colon, number = device.partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not there.get(kind) or (number and not (number.isdigit() and int(number) < count)):
+    if not there.get(kind) or (colon and number not in map(str, range(count))):
         found = ", ".join(name for name, ok in there.items() if ok)
         raise GuardbenchError(f"--device {device}: not on this machine, which has {found}.")
     return kind

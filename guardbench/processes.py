@@ -127,7 +127,7 @@ class Processes:
                 if found[name] != value:
                     raise (GuardbenchError if self.main else PeerError)(
                         f"process {rank} has {name} {found[name]:.16}, and the first process {value:.16}; "
-                        "give all processes the same images, --precision and packages."
+                        "give all processes the same command, files and packages."
                     )
 
     def from_main(self, work: Callable[[], T]) -> T:

@@ -115,26 +115,29 @@ class Run:
             else:
                 tracker.log(named, step=step)
 
-    def require_alike(self, **images: str) -> None:
-        """Refuses processes that would work on other images, in another precision or by another version.
+    def require_alike(self, **facts: str | int | None) -> None:
+        """Refuses processes that would work on other things, in another precision or by other code.
 
         Args:
-            images: the digest of each split, by name.
+            facts: what shapes the result beside those: digests of files and settings, by name.
         """
+        code = {
+            "precision": self.precision,
+            "seed": self.seed,
+            "guardbench": guardbench.__version__,
+            "commit": self.commit,
+            "torch": torch.__version__,
+        }
         self.processes.require_alike(
-            {
-                **{f"{name} images": digest for name, digest in images.items()},
-                "precision": self.precision,
-                "guardbench": guardbench.__version__,
-                "torch": torch.__version__,
-            }
+            {name.replace("_", " "): str(value) for name, value in {**facts, **code}.items()}
         )
 
     def stage(self, name: str, kind: str, words: Mapping[str, Any]) -> StageFolder:
         """The folder of a stage: `<workspace>/<kind>/<first 16 digits of its key>`.
 
-        The versions of guardbench and torch are part of the key, so that an upgrade never takes over
-        what another version made.
+        The versions of guardbench and torch are part of the key, so that an upgrade to another release
+        never takes over what an earlier one made. Commits between releases are not: a record names all
+        that worked on its stages.
         """
         made_by = {"guardbench": guardbench.__version__, "torch": torch.__version__}
         words = {**words, "made_by": made_by}

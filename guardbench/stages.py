@@ -53,6 +53,7 @@ class StageFolder:
     commit: str | None
     _alone: bool = field(default=False, init=False)
     _begun: float = field(default=0.0, init=False)
+    _told: bool = field(default=False, init=False)
     _spent: float = field(default=0.0, init=False)
     _begun_by: tuple[str | None, ...] = field(default=(), init=False)
     _saved: float = field(default=0.0, init=False)
@@ -242,10 +243,21 @@ class StageFolder:
     def checkpoint_own(self, state: Mapping[str, Any]) -> None:
         """Writes where a process other than the first stands, for `own` to find on as many processes.
 
+        One without a disk goes on without a place of its own, and says so once.
+
         Raises:
             interrupts.Interrupted: as `checkpoint` does.
         """
-        self._write(self.own_path, state, last=True)
+        try:
+            self._write(self.own_path, state, last=True)
+        except GuardbenchError as error:
+            self._saved = time.monotonic()
+            if not self._told:
+                self.say(
+                    f"{error} Until then this process's part of {self.name} is lost in a crash."
+                )
+                self._told = True
+            interrupts.stop(f"{self.name} is given up")
 
     def own(self) -> dict[str, Any]:
         """What this process wrote last by `checkpoint_own`; empty where there is nothing to go on from."""
@@ -294,7 +306,8 @@ class StageFolder:
             "device": self._device(device, shared=shared),
         }
         stored = self.processes.from_main(lambda: self._finish(files, cost, facts))
-        self.own_path.unlink(missing_ok=True)  # where the first process does not see it
+        with contextlib.suppress(OSError):
+            self.own_path.unlink(missing_ok=True)  # where the first process does not see it
         self.made.add(self.key)
         return stored
 

@@ -161,11 +161,12 @@ def train_students(
     """
     models = {seed: _fresh(run, distilled, student, seed) for seed in stages}
     with ExitStack() as claims:
-        left = {
-            seed: stage.folder
-            for seed, stage in stages.items()
-            if claims.enter_context(stage.folder.claimed()) is None
+        # In one order whatever that of the seeds, or two runs could wait for each other.
+        found = {
+            seed: claims.enter_context(stage.folder.claimed())
+            for seed, stage in sorted(stages.items(), key=lambda item: item[1].folder.path)
         }
+        left = {seed: stage.folder for seed, stage in stages.items() if found[seed] is None}
         if left:
             store = None if labels is None else label_store(distilled, student, labels)
             _train(run, distilled, student, {seed: models[seed] for seed in left}, left, store)

@@ -8,6 +8,7 @@ import re
 import shutil
 import stat
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +28,7 @@ from guardbench.store import explained
 TIMEOUT_S = 10.0
 MAX_STALLS = 3
 PAUSE_S = 1.0
+SCRATCH_END = ".unpacking"
 _PIECE = 1 << 18
 _MEGABYTE = 1_000_000
 
@@ -44,9 +46,12 @@ def download_dataset(info: DatasetInfo, located: Located, cache: Path, progress:
     if archive is None:
         raise GuardbenchError(f"{info.name} cannot be downloaded; {how_to_place(info)}.")
     folder = cache / "downloads" / archive.folder
-    with locked(folder, progress, f"download of {info.name}"):
+    with locked(folder, progress, f"download of {info.name}") as held:
         if folder.is_dir():
             return folder
+        if held:
+            for left in folder.parent.glob(f".{folder.name}.*{SCRATCH_END}"):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
         target = folder.with_name(archive.filename)
         try:
             # The catalogue's sizes are rounded; twice that is certainly not the archive.
@@ -247,10 +252,11 @@ def unpack(archive_file: Path, folder: Path, archive: Archive, progress: Progres
     Raises:
         GuardbenchError: the archive is broken, reaches outside its folder, or lacks it.
     """
-    scratch = folder.with_name(f".{folder.name}.unpacking")
     with explained(folder, option=CACHE_VARIABLE):
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of its own, for where there are no locks and another process unpacks the same.
+        made = tempfile.mkdtemp(SCRATCH_END, f".{folder.name}.", folder.parent)
+    scratch = Path(made)
     try:
         with explained(folder, option=CACHE_VARIABLE):
             if archive.filename.endswith(".zip"):
@@ -260,7 +266,8 @@ def unpack(archive_file: Path, folder: Path, archive: Archive, progress: Progres
             inner = scratch / archive.folder
             if not inner.is_dir():
                 raise GuardbenchError(f"{archive_file}: holds no folder {archive.folder!r}.")
-            inner.replace(folder)
+            if not folder.is_dir():
+                inner.replace(folder)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise GuardbenchError(
             f"{archive_file}: cannot be unpacked ({error}); remove it and run again."

@@ -45,7 +45,8 @@ def locked(target: Path, progress: Progress, what: str) -> Iterator[bool]:
     """Lets one process at a time build `target`; says so where it has to wait.
 
     It gives whether the lock is held, see `locks.locked`: where there are none, two builders both build
-    and the last rename wins, which is safe because they build the same.
+    and one's rename wins, which is safe because they build the same. (Two downloads of one archive spoil
+    each other; its digest then says so.)
 
     Raises:
         GuardbenchError: the folder of `target` cannot be written.

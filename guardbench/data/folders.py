@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
@@ -166,7 +167,11 @@ def _images_in(where: Path, prefix: str, label: int) -> list[_File]:
                 raise GuardbenchError(
                     f"{entry.path}: the image is missing (a link to nothing); restore or remove it."
                 ) from error
-            if not entry.is_dir():
+            if not stat.S_ISDIR(state.st_mode) and not stat.S_ISREG(state.st_mode):
+                raise GuardbenchError(
+                    f"{entry.path}: is no ordinary file, as an image must be; remove it."
+                )
+            if stat.S_ISREG(state.st_mode):
                 files.append((f"{prefix}/{entry.name}", label, state.st_size, state.st_mtime_ns))
     return sorted(files)
 

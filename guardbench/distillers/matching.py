@@ -11,6 +11,7 @@ curvature this is DC+GUARD (Xue et al., AAAI 2025).
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -189,7 +190,8 @@ class _GradientMatching:
     ) -> list[Tensor]:
         """The gradient of the regularised loss, a class at a time: [K, ...] for every weight.
 
-        A class's real batch fills a machine by itself; nothing is won by taking all at once.
+        A class's real batch fills a machine by itself; nothing is won by taking all at once. In float32, as
+        the synthetic images' gradients that are compared with it.
         """
         run, rows = self.task.run, []
         for label in range(len(self.task.classes)):
@@ -200,7 +202,7 @@ class _GradientMatching:
                 images=images,
                 labels=torch.full((len(images),), label, device=run.device),
                 generator=generator,
-                autocast=run.unscaled,
+                autocast=contextlib.nullcontext,
             )
             rows.append(real_gradient(self.regulariser, batch, network.backbone))
         return [torch.stack(layer) for layer in zip(*rows, strict=True)]

@@ -281,6 +281,8 @@ def test_archive_appears_whole_or_not_at_all(tmp_path: Path, ending: str, pack: 
     assert not (tmp_path.parent / "out").exists()
     attempt(whole)
     assert (folder / "a").read_bytes() == b"1" * 5000
+    attempt(pack({"data/a": b"2"}))
+    assert (folder / "a").read_bytes() == b"1" * 5000, "who comes second finds it there"
 
 
 def test_links_out_of_a_tar_are_refused(tmp_path: Path) -> None:

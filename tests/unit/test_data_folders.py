@@ -118,6 +118,13 @@ def test_misnamed_class(tmp_path: Path) -> None:
     assert str(train) in said
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
+    folder = imagenette(tmp_path) / "imagenette" / "train" / "n01440764"
+    os.mkfifo(folder / "pipe.png")
+    assert f"{folder / 'pipe.png'}: is no ordinary file" in refused(tmp_path)
+
+
 def test_empty_split_and_empty_class(tmp_path: Path) -> None:
     train = imagenette(tmp_path) / "imagenette" / "train"
     for file in (train / "n03000684").iterdir():

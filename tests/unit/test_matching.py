@@ -1,5 +1,6 @@
 """DC, DSA and DM: losses against plain float64 references, views that are shared, runs that resume."""
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from guardbench.data.dataset import load_split
+from guardbench.devices import make_accelerator
 from guardbench.distillers import distribution, dsa, matching, synthetic
 from guardbench.distillers.base import Task
 from guardbench.distillers.distribution import embedding, feature_distance
@@ -426,6 +428,20 @@ def test_the_regulariser_changes_the_images(tmp_path, digits) -> None:
         for method in ("dc", "dc-guard")
     )
     assert (plain.images - guard.images).abs().max() > 1e-4
+
+
+def test_both_gradients_that_are_compared_are_float32s(tmp_path, digits) -> None:
+    """In a run in bf16 too: one side's rounding would be a part of the distance."""
+    found = []
+    for precision in ("bf16", "fp32"):
+        task = make_task(tmp_path / precision, digits)
+        accelerator = make_accelerator("cpu", precision, 8)
+        task = dataclasses.replace(task, run=dataclasses.replace(task.run, accelerator=accelerator))
+        assert task.run.precision == precision
+        steps = matching._GradientMatching(task, digits, siamese=False)
+        network = matching.fresh_network(task, steps.params, 0)
+        found.append(steps._real_gradients(network, None, 0))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_images_move_toward_the_real_gradient(tmp_path, digits, monkeypatch) -> None:

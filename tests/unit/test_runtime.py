@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 import guardbench
-from guardbench import canonical, devices, stages
+from guardbench import canonical, devices, interrupts, stages
 from guardbench.commit import checkout_commit, commits_text
 from guardbench.devices import effective_precision, make_accelerator
 from guardbench.errors import GuardbenchError
@@ -242,6 +242,47 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path) -> None:
     assert make_run(tmp_path).stage("s", "k", {"a": 1}).begin(CPU) == {"step": 1}
 
 
+def test_a_process_without_a_disk_goes_on_without_a_place_of_its_own(tmp_path, monkeypatch) -> None:
+    """It says so once, asks for the next checkpoint later, and a signal still ends it."""
+    folder = make_run(tmp_path).stage("pgd100 0", "attacks", {"a": 1})
+    said: list[str] = []
+    folder.say = said.append
+    folder.path.parent.mkdir()
+    folder.path.write_text("where the folder should be")
+    folder._saved = -1e9
+    assert folder.due_alone()
+    folder.checkpoint_own({"decided": 1})
+    assert not folder.due_alone()
+    folder.checkpoint_own({"decided": 2})
+    assert len(said) == 1
+    assert "cannot be written" in said[0]
+    assert folder.own() == {}
+    monkeypatch.setattr(interrupts, "wanted", lambda: True)
+    with pytest.raises(interrupts.Interrupted):
+        folder.checkpoint_own({"decided": 3})
+
+
+def test_processes_are_alike_in_seed_and_code_too(tmp_path, monkeypatch) -> None:
+    run, seen = make_run(tmp_path), {}
+    monkeypatch.setattr(run.processes, "require_alike", seen.update)
+    run.require_alike(train_images="abc", IPC=10, engine=None)
+    assert seen == {
+        "train images": "abc", "IPC": "10", "engine": "None", "precision": "fp32", "seed": "5",
+        "guardbench": guardbench.__version__, "commit": str(run.commit), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def test_a_clean_pass_that_another_seed_has_made_is_listed_under_the_name_it_is_asked_by(
+    tmp_path,
+) -> None:
+    run, costs = make_run(tmp_path), Costs()
+    first = run.stage("clean 0", "attacks", {"a": 1})
+    first.begin(CPU)
+    first.finish(CPU)
+    costs.add(run.stage("clean 1", "attacks", {"a": 1}))
+    assert [cost.stage for cost in costs.found] == ["clean 1"]
+
+
 def test_clocks_that_jump_or_begin_anew_cost_nothing_and_never_less(tmp_path, monkeypatch) -> None:
     now = [1e6]
     monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
@@ -281,7 +322,7 @@ def test_seeds_are_named_so_that_a_new_choice_moves_no_other(tmp_path) -> None:
     assert canonical.derive_seed(1, "a") != canonical.derive_seed(2, "a")
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:3", "cuda:x"])
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:3", "cuda:x", "cpu:", "cpu:²", "cpu:00"])
 def test_a_device_that_is_not_there_is_told(device: str) -> None:
     with pytest.raises(GuardbenchError, match=r"not on this machine, which has .*cpu"):
         make_accelerator(device, "auto", 8)

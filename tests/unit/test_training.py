@@ -1,6 +1,8 @@
 """Views and students: the teacher labels exactly what the student sees."""
 
+import contextlib
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from guardbench.models import build_model
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
 from guardbench.runtime import Run
+from guardbench.stages import StageFolder
 from guardbench.training import (
     label_store,
     plan_relabel,
@@ -290,6 +293,27 @@ def test_labels_and_students_killed_after_any_epoch_end_the_same(
         found.append(train().state_dict())
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
+
+
+def test_students_are_claimed_in_one_order_whatever_that_of_their_seeds(
+    tmp_path, monkeypatch
+) -> None:
+    """Two runs that share two students and name them in turn would wait for each other."""
+    run, made, student = make_run(tmp_path), make_set(tmp_path, "hard"), make_student()
+    stages = {seed: plan_student(run, "k", student, 20, seed) for seed in range(4)}
+    asked: list[Path] = []
+
+    @contextlib.contextmanager
+    def claimed(folder):
+        asked.append(folder.path)
+        yield {}
+
+    monkeypatch.setattr(StageFolder, "claimed", claimed)
+    monkeypatch.setattr(training, "load_trained", lambda *_: None)
+    for seeds in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        asked.clear()
+        train_students(run, made, student, {seed: stages[seed] for seed in seeds}, None)
+        assert asked == sorted(stage.folder.path for stage in stages.values())
 
 
 def test_a_student_whose_loss_explodes_is_stopped(tmp_path) -> None:
