@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from guardbench import canonical
 from guardbench.data.dataset import RealDataset
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
@@ -126,16 +127,20 @@ def evaluate(
     order = measured_indices(protocol, test, plan.sample)
     x, y = test.select(order), test.labels[order]
     costs = Costs()
+    made_from = canonical.digest(distilled.manifest.files)
     if plan.labels is not None:
         with costs.of(plan.labels):
-            relabel(run, distilled, protocol.student, plan.labels)
+            relabel(run, distilled, protocol.student, plan.labels, made_from)
     runs = []
     for seeds in run.processes.rounds(plan.seeds):
         stages = {seed.scoring.seed: seed.student for seed in seeds}
         with costs.of(*stages.values()):
-            models = train_students(run, distilled, protocol.student, stages, plan.labels)
+            models = train_students(
+                run, distilled, protocol.student, stages, plan.labels, made_from
+            )
         for seed, model in zip(seeds, models, strict=True):
-            runs.append(score(run, protocol, seed.scoring, model, x, y, costs))
+            weights = seed.student.folder.result()
+            runs.append(score(run, protocol, seed.scoring, model, x, y, costs, weights))
     beside = measure_references(run, plan.references, distilled, train, x, y, costs)
     for place, references in enumerate(beside):
         runs[place] = SeedRun.model_validate({**dict(runs[place]), "references": references})

@@ -100,25 +100,28 @@ def score(
     x: Images,
     y: Tensor,
     costs: Costs,
+    made_from: str | None = None,
 ) -> SeedRun:
     """Scores one classifier, clean and under each attack; finished stages are read, not run.
 
     Args:
+        made_from: digest of its weights where the plan's `subject` does not hold them, see
+            `StageFolder.claimed`.
         model: in eval mode, on the run's device, float32.
         x, y: the test images that the tier measures [N, C, H, W] in [0, 1] and their labels [N].
     """
     protocol = measured(protocol, plan.sample)
     with costs.of(plan.clean):
-        clean = _score(run, model, x, y, plan.clean)
+        clean = _score(run, model, x, y, plan.clean, made_from)
     with costs.of(plan.checks):
-        checks = _inspect(run, protocol, plan, model, x, y, clean)
+        checks = _inspect(run, protocol, plan, model, x, y, clean, made_from)
     unsteady = [name for name in UNSTEADY if name in checks and checks[name].flagged]
     left = any(stage.folder.finished() is None for stage in plan.attacks)
     fast = search_model(model, x[:8].to(run.device), plan.search) if left else (model, plan.search)
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
         lucky = answering_at_random("random-answers" in unsteady)
-        with costs.of(stage), stage.folder.claimed() as stored, lucky:
+        with costs.of(stage), stage.folder.claimed(made_from) as stored, lucky:
             before = {
                 each.name: outcomes[each.name] for each in taken_over(protocol, spec, plan.engine)
             }
@@ -169,9 +172,11 @@ def clean_verdicts(run: Run, model: nn.Module, x: Images, y: Tensor) -> Tensor:
     return torch.cat([right for part in run.processes.collect(found) for right in part])
 
 
-def _score(run: Run, model: nn.Module, x: Images, y: Tensor, stage: PlannedStage) -> Outcome:
+def _score(
+    run: Run, model: nn.Module, x: Images, y: Tensor, stage: PlannedStage, made_from: str | None
+) -> Outcome:
     folder = stage.folder
-    with folder.claimed() as stored:
+    with folder.claimed(made_from) as stored:
         if stored is None:
             folder.begin(run.device)
             # A model that answers at random is drawn from alike in every run; the pass has no seed.
@@ -191,9 +196,10 @@ def _inspect(
     x: Images,
     y: Tensor,
     clean: Outcome,
+    made_from: str | None,
 ) -> dict[str, Check]:
     folder = plan.checks.folder
-    with folder.claimed() as stored:
+    with folder.claimed(made_from) as stored:
         if stored is None:
             folder.begin(run.device)
             right = torch.tensor(clean.flags()).nonzero().squeeze(1)[:IMAGES]

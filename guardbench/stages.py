@@ -54,6 +54,7 @@ class StageFolder:
     _alone: bool = field(default=False, init=False)
     _begun: float = field(default=0.0, init=False)
     _told: bool = field(default=False, init=False)
+    _made_from: str | None = field(default=None, init=False)
     _spent: float = field(default=0.0, init=False)
     _begun_by: tuple[str | None, ...] = field(default=(), init=False)
     _saved: float = field(default=0.0, init=False)
@@ -83,12 +84,17 @@ class StageFolder:
         return self.key not in self.made
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[dict[str, Any] | None]:
+    def claimed(self, made_from: str | None = None) -> Iterator[dict[str, Any] | None]:
         """Gives what `finish` stored, or None when the stage is left to the block, and to it alone.
+
+        Args:
+            made_from: digest of the files that it works on, where its key holds only what made them: these
+                may have been deleted and made anew, with other bits on another device.
 
         Waits while another process is at it, says who that is, and then reads what it has left. Inside,
         a signal waits for the next checkpoint (`interrupts.inside_stage`).
         """
+        self._made_from = made_from
         stored = self.finished()
         if stored is not None:
             yield stored
@@ -129,6 +135,12 @@ class StageFolder:
         """What `finish` stored, or None when the stage has not ended."""
         return self.processes.from_main(self._finished)
 
+    def result(self) -> str:
+        """Digest of the files that the finished stage has left."""
+        stored = self.finished()
+        assert stored is not None, f"{self.name} comes first"
+        return canonical.digest(stored["files"])
+
     def _finished(self) -> dict[str, Any] | None:
         path = self.path / "stage.json"
         if not path.is_file():
@@ -140,6 +152,7 @@ class StageFolder:
                 raise ValueError("it has changed since it was written")
             if stored["key"] != self.key:
                 raise ValueError("it belongs to another stage")
+            self._require_made_from(stored)
             for name, sha in stored["files"].items():
                 if canonical.file_digest(self.path / name) != sha:
                     raise ValueError(f"{name} has changed since it was written")
@@ -196,8 +209,13 @@ class StageFolder:
             ) from error
         if stored["key"] != self.key:
             raise ValueError("it belongs to another stage")
+        self._require_made_from(stored)
         self._begun_by = tuple(stored.get("commits", ()))
         return float(stored["seconds"]), dict(stored["state"])
+
+    def _require_made_from(self, stored: Mapping[str, Any]) -> None:
+        if self._made_from is not None and stored.get("made_from") not in (None, self._made_from):
+            raise ValueError("what it was made from has been made anew since, with another result")
 
     def _commits(self) -> list[str | None]:
         """Of the code that has worked on this stage, in order."""
@@ -276,7 +294,7 @@ class StageFolder:
             if path is not None:
                 buffer = io.BytesIO()
                 found = {"key": self.key, "seconds": self.seconds, "commits": self._commits()}
-                torch.save({**found, "state": dict(state)}, buffer)
+                torch.save({**found, "made_from": self._made_from, "state": dict(state)}, buffer)
                 write_sealed(path, buffer.getvalue())
             if last:
                 interrupts.stop(f"{self.name} is saved")
@@ -325,6 +343,7 @@ class StageFolder:
             "files": {name: canonical.file_digest(self.path / name) for name in files},
             "cost": cost,
             "commits": self._commits(),
+            **({} if self._made_from is None else {"made_from": self._made_from}),
             **facts,
         }
         seal = canonical.digest(json.loads(canonical.dumps(stored)))

@@ -77,13 +77,22 @@ def label_store(distilled: DistilledDataset, student: Student, stage: PlannedSta
     return LabelStore(stage.folder.path, classes, student.label_top_k, student.temperature)
 
 
-def relabel(run: Run, distilled: DistilledDataset, student: Student, stage: PlannedStage) -> None:
+def relabel(
+    run: Run,
+    distilled: DistilledDataset,
+    student: Student,
+    stage: PlannedStage,
+    made_from: str | None = None,
+) -> None:
     """Stores the teacher's logits on every view of every epoch; goes on at the epochs that are not there.
+
+    Args:
+        made_from: digest of the set's files, see `StageFolder.claimed`.
 
     Raises:
         GuardbenchError: there is no room for them.
     """
-    with stage.folder.claimed() as stored:
+    with stage.folder.claimed(made_from) as stored:
         if stored is None:
             _relabel(run, distilled, student, stage)
 
@@ -146,6 +155,7 @@ def train_students(
     student: Student,
     stages: Mapping[int, PlannedStage],
     labels: PlannedStage | None,
+    made_from: str | None = None,
 ) -> list[Classifier]:
     """Trains the students of some seeds, or loads those that an earlier run has trained.
 
@@ -154,6 +164,7 @@ def train_students(
             train one each, side by side. The seed is of the student's initial weights, and of its
             views where no teacher labels them.
         labels: the finished relabel stage, when the set has a teacher.
+        made_from: digest of the set's files, see `StageFolder.claimed`.
 
     Returns:
         The students in eval mode, without gradients for their weights, in float32, in the order of
@@ -163,7 +174,7 @@ def train_students(
     with ExitStack() as claims:
         # In one order whatever that of the seeds, or two runs could wait for each other.
         found = {
-            seed: claims.enter_context(stage.folder.claimed())
+            seed: claims.enter_context(stage.folder.claimed(made_from))
             for seed, stage in sorted(stages.items(), key=lambda item: item[1].folder.path)
         }
         left = {seed: stage.folder for seed, stage in stages.items() if found[seed] is None}

@@ -1,7 +1,9 @@
 """Students x attacks, on students whose answers are known beforehand."""
 
 import dataclasses
+import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from guardbench import evaluation, scoring, scoring_plan
+from guardbench import canonical, evaluation, scoring, scoring_plan
 from guardbench.attacks.apgd import APGD
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_verified
@@ -82,7 +84,7 @@ def evaluated(tmp_path, monkeypatch):
     calls: list[int] = []
     real = scoring.run_batch
 
-    def train(run, _set, _student, stages, _labels):
+    def train(run, _set, _student, stages, _labels, _made_from):
         for stage in stages.values():
             if stage.folder.finished() is None:
                 stage.folder.begin(run.device)
@@ -113,7 +115,8 @@ def evaluated(tmp_path, monkeypatch):
     )
 
     def go():
-        return evaluation.evaluate(run, protocol, plan, None, None, test)
+        made = SimpleNamespace(manifest=SimpleNamespace(files={}))
+        return evaluation.evaluate(run, protocol, plan, made, None, test)
 
     return go, calls, model, test, order, protocol
 
@@ -180,6 +183,24 @@ def test_counts_are_those_of_the_network(evaluated) -> None:
     assert [c.stage for c in costs.found[:5]] == names
     assert not any(c.shared for c in costs.found)
     assert not costs.searched
+
+
+def test_verdicts_on_a_student_that_was_made_anew_are_not_believed(evaluated, tmp_path) -> None:
+    """Its folder was deleted, and another device rounds otherwise: the attacks' keys are the same."""
+    go, *_ = evaluated
+    go()
+    (path,) = [
+        path for path in tmp_path.glob("students/*/stage.json") if "student 0" in path.read_text()
+    ]
+    stored = json.loads(path.read_text())
+    (path.parent / "student.bin").write_bytes(b"other weights")
+    stored["files"] = {"student.bin": canonical.file_digest(path.parent / "student.bin")}
+    del stored["seal"]
+    path.write_text(canonical.dumps(stored))
+    with pytest.raises(
+        GuardbenchError, match=r"was made from has been made anew since.*delete the folder"
+    ):
+        go()
 
 
 def test_what_is_finished_is_not_attacked_again(evaluated) -> None:

@@ -262,6 +262,38 @@ def test_a_process_without_a_disk_goes_on_without_a_place_of_its_own(tmp_path, m
         folder.checkpoint_own({"decided": 3})
 
 
+def test_a_stage_is_bound_to_the_files_that_it_was_made_from(tmp_path) -> None:
+    """Its key holds what made them: deleted and made anew, they may differ in bits."""
+    folder = make_run(tmp_path).stage("student 0", "students", {"a": 1})
+    said: list[str] = []
+    folder.say = said.append
+    with folder.claimed("one") as stored:
+        assert stored is None
+        folder.begin(CPU)
+        folder.checkpoint({"epoch": 1})
+    with folder.claimed("one"):
+        assert folder.begin(CPU) == {"epoch": 1}
+    with folder.claimed("another"):
+        assert folder.begin(CPU) is None
+        assert "has been made anew since" in said[0]
+        folder.finish(CPU, note="kept")
+    for same in ("another", None):
+        with folder.claimed(same) as stored:
+            assert stored is not None
+            assert stored["note"] == "kept"
+    with (
+        pytest.raises(GuardbenchError, match=r"has been made anew since, .*; delete the folder"),
+        folder.claimed("one"),
+    ):
+        pass
+    # What an earlier version finished says nothing of it, and is taken as it is.
+    old = make_run(tmp_path).stage("student 0", "students", {"a": 2})
+    old.begin(CPU)
+    old.finish(CPU)
+    with old.claimed("one") as stored:
+        assert stored is not None
+
+
 def test_processes_are_alike_in_seed_and_code_too(tmp_path, monkeypatch) -> None:
     run, seen = make_run(tmp_path), {}
     monkeypatch.setattr(run.processes, "require_alike", seen.update)

@@ -304,7 +304,7 @@ def test_students_are_claimed_in_one_order_whatever_that_of_their_seeds(
     asked: list[Path] = []
 
     @contextlib.contextmanager
-    def claimed(folder):
+    def claimed(folder, _made_from):
         asked.append(folder.path)
         yield {}
 
