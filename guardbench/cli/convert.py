@@ -21,8 +21,8 @@ def convert(
         Path,
         typer.Argument(
             help="Class folders of JPEG or PNG (SRe2L's new000/...), res_*.pt (DC, DSA, DM), "
-            "images_*.pt with labels_*.pt beside it (MTT, TESLA), .npz, .npy, .safetensors, or a folder "
-            "that holds one of them. Code in a file is never run.",
+            "images_*.pt with labels_*.pt beside it (MTT, TESLA), .npz, .npy, other .pt or .pth, "
+            ".safetensors, or a folder that holds one of them. Code in a file is never run.",
         ),
     ],
     output: Annotated[

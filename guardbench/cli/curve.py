@@ -94,12 +94,13 @@ def curve(
     if output.suffix != ".json":
         raise GuardbenchError(f"--output {output}: must end in .json; the plot ends in .png.")
     earlier = [(path, load_curve(path)) for path in beside or []]
-    check_writable(output.parent)
+    for folder in (output.parent, Path("guardbench-runs")):
+        check_writable(folder)
     console = Console(emoji=False)
     progress = Progress(console)
     run = Run(
         accelerator=make_accelerator(device, "fp32", chosen.resolution),
-        workspace=output.parent / "guardbench-runs", seed=0, progress=progress,
+        workspace=Path("guardbench-runs"), seed=0, progress=progress,
     )  # fmt: skip
     imported = open_classifier(source, chosen, run.device, cache_dir)
     test = load_split(

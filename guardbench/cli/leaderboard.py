@@ -148,7 +148,8 @@ def assess(
     """Lower a row: write what a later attack broke of a record's students beside the record.
 
     The record stays as it is. The row takes the worse verdict of both, image by image, and keeps its
-    earlier value in its history. Which student a classifier is, its clean verdicts tell.
+    earlier value in its history. Which student a classifier is, its clean verdicts tell. The column is one
+    of the protocol, attacked by another seed or engine than the record's.
 
     Example: guardbench leaderboard assess baselines/guard/results/digits/ipc10-seed0.json
     student0.json student1.json --attack pgd100 --by "A. Reader" --source https://example.org/runs/7

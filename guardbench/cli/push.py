@@ -59,7 +59,7 @@ def push(
     The Hub gets the exact artifact and a copy that datasets.load_dataset reads. The token is that of
     `hf auth login`, or HF_TOKEN.
 
-    Example: guardbench push guardbench-runs/.../distilled jane/digits-guard-ipc10 --record ipc10-seed0.json
+    Example: guardbench push mine/distilled jane/digits-guard-ipc10 --record mine/guard-seed0.json
     """
     from rich.console import Console
 

@@ -49,7 +49,7 @@ def benchmark(
     The images are the protocol's, in its order. `guardbench evaluate` measures the same sooner, with
     checks and a record; this is the original beside it.
 
-    Example: guardbench robustbench benchmark --protocol digits --weights s.safetensors --arch convnet-d3
+    Example: guardbench robustbench benchmark --protocol digits --weights s.pth --arch convnet-d3-bn-small
     """
     from rich.console import Console
 

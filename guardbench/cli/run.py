@@ -36,7 +36,7 @@ def run(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="digits, imagenette, cifar10, cifar100, tiny-imagenet or imagenet.",
+            help="digits, imagenette, cifar10 or imagenet: the protocol of that name.",
             show_default=False,
         ),
     ] = None,

@@ -18,7 +18,8 @@ app = typer.Typer(
 Root = Annotated[
     Path | None,
     typer.Option(
-        help="The checkout; by default the nearest folder upwards that holds leaderboards/.",
+        help="The checkout; by default the nearest folder upwards that holds baselines/ and leaderboards/, "
+        "or else guardbench-runs/ here.",
         show_default=False,
     ),
 ]

@@ -255,7 +255,7 @@ def score(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="What is measured; by default the one that fits dataset, resolution and IPC.",
+            help="What is measured; where one fits dataset, resolution and IPC, it need not be named.",
             show_default=False,
         ),
     ] = None,

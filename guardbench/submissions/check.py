@@ -19,7 +19,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.methods import method_names
 from guardbench.models import Classifier
 from guardbench.progress import Progress
-from guardbench.record_files import FILE_LIMIT, load_record
+from guardbench.record_files import CURVE_SUFFIX, FILE_LIMIT, load_record
 from guardbench.submissions.files import plain_file, walk
 from guardbench.submissions.form import FILL_IN, FORM, Submission, protocols_for, unmeasured
 from guardbench.submissions.leaks import find_leaks
@@ -32,7 +32,10 @@ SUM_TOLERANCE = 1e-3
 """How far a soft label may sum from 1: float16 labels of many classes are off by about this."""
 BESIDE = ("preview.png", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
 """Files that a submission may hold though nothing reads them."""
-_RESULT = re.compile(r"(results|assessments)/[a-z0-9][a-z0-9._+-]*/[a-z0-9][a-z0-9._+-]*\.json")
+_RESULT = re.compile(
+    r"(results|assessments)/[a-z0-9][a-z0-9._+-]*/[a-z0-9][a-z0-9._+-]*\.(json|png)"
+)
+"""What scoring leaves in the folder: records, assessments of them, and a curve or a picture beside one."""
 
 
 @dataclass
@@ -185,7 +188,8 @@ def _check_results(folder: Path, recipe: str, problems: Problems) -> None:
     """Records beside a submission must be of this very one."""
     with problems.catching(folder.name):
         for name in walk(folder):
-            if not (_RESULT.fullmatch(name) and name.startswith("results/")):
+            beside = name.endswith((".png", CURVE_SUFFIX))
+            if beside or not (_RESULT.fullmatch(name) and name.startswith("results/")):
                 continue
             with problems.catching(name):
                 record = load_record(plain_file(folder, name, most=FILE_LIMIT))

@@ -385,6 +385,9 @@ def test_what_a_record_is_of_may_not_change_behind_it(folder: Path) -> None:
     there.parent.mkdir(parents=True)
     there.write_text(json.dumps(words))
     assert lines(folder) == []
+    for beside in ("ipc1-seed0.png", "ipc1-seed0.curve.json"):  # which its page shows
+        there.with_name(beside).write_bytes(b"")
+    assert lines(folder) == []
     (folder / FORM).write_text(form_text(form(title="Another title")))
     (line,) = lines(folder)
     assert line == (
