@@ -80,6 +80,11 @@ class DistilledDataset:
     manifest: Manifest
 
     @property
+    def digest(self) -> str:
+        """Of the files that it lies in."""
+        return canonical.digest(self.manifest.files)
+
+    @property
     def image_bytes(self) -> int:
         """Bytes of the images at 8 bits a value, the currency in which storage is compared."""
         return self.images.numel()

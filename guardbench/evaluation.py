@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guardbench import canonical
 from guardbench.data.dataset import RealDataset
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
@@ -127,7 +126,7 @@ def evaluate(
     order = measured_indices(protocol, test, plan.sample)
     x, y = test.select(order), test.labels[order]
     costs = Costs()
-    made_from = canonical.digest(distilled.manifest.files)
+    made_from = distilled.digest
     if plan.labels is not None:
         with costs.of(plan.labels):
             relabel(run, distilled, protocol.student, plan.labels, made_from)

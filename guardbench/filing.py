@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Literal
 
 from guardbench.errors import GuardbenchError
-from guardbench.leaderboard import alone_at, board_path, build_workspace_boards, rebuild, write
+from guardbench.leaderboard import (
+    alone_at,
+    board_path,
+    build_workspace_boards,
+    read_records,
+    rebuild,
+    write,
+)
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
+from guardbench.ranking import other_images
 from guardbench.record_files import save_record
-from guardbench.records import Engine, ResultRecord
+from guardbench.records import Engine, ResultRecord, TestSet
 from guardbench.store import read_text, write_text
 
 
@@ -106,6 +114,18 @@ def _known_protocol(workspace: Path, name: str) -> Protocol:
     """A published protocol, or one of the workspace's own."""
     own = workspace / "protocols" / f"{name}.toml"
     return load_protocol(str(own) if name not in protocol_ids() and own.is_file() else name)
+
+
+def require_the_boards_images(checkout: Path, protocol: Protocol, tested: TestSet) -> None:
+    """Refuses test images that would stand beside none of a protocol's public rows, before the long part.
+
+    Raises:
+        GuardbenchError: a record of the protocol is of another list of test images.
+    """
+    for pattern in ("baselines/*/results/**/*.json", "submissions/*/results/**/*.json"):
+        for file in read_records(checkout, pattern):
+            if file.record.protocol == protocol.id and (reason := other_images(tested, file)):
+                raise GuardbenchError(f"--publish: {reason}")
 
 
 def checkout_for(protocol: Protocol) -> Path:

@@ -53,7 +53,9 @@ def strictly(model: type[Model], words: dict[str, Any]) -> Model:
     Raises:
         pydantic.ValidationError: a field is wrong: `"5"` and true are no count.
     """
-    return model.model_validate_json(json.dumps(words, default=str), strict=True)
+    # A date of TOML is nothing that JSON has; as a table it fits no field.
+    text = json.dumps(words, default=lambda value: {type(value).__name__: str(value)})
+    return model.model_validate_json(text, strict=True)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

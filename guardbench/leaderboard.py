@@ -18,7 +18,14 @@ from guardbench.board_files import FOLDER, is_board
 from guardbench.ddranking import whole_set
 from guardbench.errors import GuardbenchError
 from guardbench.locks import locked
-from guardbench.ranking import BoardProtocol, RecordFile, build_leaderboard, mismatch, other_images
+from guardbench.ranking import (
+    BoardProtocol,
+    RecordFile,
+    build_leaderboard,
+    commonest,
+    mismatch,
+    other_images,
+)
 from guardbench.reassessment import FOLDER as ASSESSMENTS
 from guardbench.reassessment import Assessment, AssessmentFile, assessed_path, load_assessment
 from guardbench.record_files import load_record, record_paths
@@ -149,21 +156,31 @@ def _render(
     files: Sequence[RecordFile], load: Loader, warn: Callable[[str], None] | None = None
 ) -> dict[Path, str]:
     protocols: dict[str, BoardProtocol] = {}
-    groups: dict[tuple[str, int], list[RecordFile]] = {}
-    first: dict[str, RecordFile] = {}
+    fitting: dict[str, list[RecordFile]] = {}
+    refused: list[str] = []
     for file in files:
         try:
             protocol = _protocol_of(file, protocols, load)
             reason = mismatch(file.record, protocol, file.record.ipc)
-            reason = reason or other_images(file.record, first.setdefault(protocol.id, file))
             if reason:
                 raise GuardbenchError(f"{printable(file.path)}: {reason}")
         except GuardbenchError as error:
-            if warn is None:
-                raise
-            warn(str(error))
+            refused.append(str(error))
         else:
-            groups.setdefault((file.record.protocol, file.record.ipc), []).append(file)
+            fitting.setdefault(protocol.id, []).append(file)
+    groups: dict[tuple[str, int], list[RecordFile]] = {}
+    for name, some in fitting.items():
+        lists = [file.record.test.list_sha256 for file in some]
+        usual = some[lists.index(str(commonest(lists)))]
+        for file in some:
+            if reason := other_images(file.record.test, usual):
+                refused.append(f"{printable(file.path)}: {reason}")
+            else:
+                groups.setdefault((name, file.record.ipc), []).append(file)
+    for line in refused:
+        if warn is None:
+            raise GuardbenchError(line)
+        warn(line)
     boards = {
         (name, ipc): build_leaderboard(group, protocols[name], ipc, _whole_set(name, groups))
         for (name, ipc), group in groups.items()

@@ -25,11 +25,17 @@ from guardbench.evaluation import (
     EvaluationPlan,
     evaluate,
     measured_artifact,
-    measured_indices,
     measured_test,
     plan_evaluation,
 )
-from guardbench.filing import Place, checkout_for, engine_mark, file_record, own_protocol
+from guardbench.filing import (
+    Place,
+    checkout_for,
+    engine_mark,
+    file_record,
+    own_protocol,
+    require_the_boards_images,
+)
 from guardbench.methods import MethodFile, load_method, overridden, set_mark
 from guardbench.models import build_model
 from guardbench.processes import Processes
@@ -212,8 +218,18 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         ipc=settings.ipc,
         threat=protocol.threat.model,
     )
+    run.require_alike(  # before any stage is asked for, which all processes do together
+        protocol=protocol.digest,
+        recipe=recipe.digest,
+        IPC=settings.ipc,
+        engine=settings.engine,
+        tier=settings.tier,
+        images=settings.images,
+        references=settings.references,
+        trackers=", ".join(settings.log_with),
+    )
     distilling = distiller.plan(task)
-    plan = Plan(
+    return Plan(
         settings=settings,
         protocol=protocol,
         method=method,
@@ -236,8 +252,6 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         ),
         checkout=checkout,
     )
-    _keep_references(plan)
-    return plan
 
 
 def execute(plan: Plan) -> Finished:
@@ -245,6 +259,7 @@ def execute(plan: Plan) -> Finished:
     settings, protocol, run = plan.settings, plan.protocol, plan.task.run
     warnings: list[str] = []
     with explained(settings.output):
+        run.processes.from_main(lambda: _keep_references(plan))
         with run.processes.local_first():
             train, test = prepare(plan)
         # The stages' keys hold the images' digests, known only now; where one process had to decode, all
@@ -252,15 +267,7 @@ def execute(plan: Plan) -> Finished:
         if not all(run.processes.collect(plan.decoded)):
             plan = make_plan(settings, run.progress)
             run = plan.task.run
-        run.require_alike(
-            train_images=train.digest,
-            validation_images=test.digest,
-            protocol=protocol.digest,
-            recipe=plan.task.recipe.digest,
-            IPC=settings.ipc,
-            engine=settings.engine,
-            tier=settings.tier,
-        )
+        run.require_alike(train_images=train.digest, validation_images=test.digest)
         if settings.log_with:
             run.accelerator.init_trackers(f"{plan.method.name}-{protocol.id}-ipc{settings.ipc}")
         distilled = plan.distiller.distill(plan.task, train)
@@ -318,7 +325,7 @@ def prepare(plan: Plan) -> tuple[RealDataset, RealDataset]:
         GuardbenchError: they are not what the protocol measures, or too few: refused before the long part.
     """
     train, test = (_load(plan, split) for split in ("train", "val"))
-    measured_indices(plan.protocol, test, plan.evaluating.sample)
+    tested = measured_test(plan.protocol, test, plan.evaluating.sample)
     if not train.complete:
         plan.task.run.progress.say(
             f"{len(train)} of {dataset_info(train.name).train_count} training images of {train.name} are "
@@ -327,7 +334,8 @@ def prepare(plan: Plan) -> tuple[RealDataset, RealDataset]:
     if plan.checkout is not None:
         for split in (train, test):
             require_complete(split)
-    elif not test.complete:
+        require_the_boards_images(plan.checkout, plan.protocol, tested)
+    elif not test.complete and plan.protocol.test.sha256 is None:
         plan.task.run.progress.say(
             f"{len(test)} of {dataset_info(test.name).val_count} validation images of {test.name} are here: "
             "the test images are drawn from these, and differ from those of other records"

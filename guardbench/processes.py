@@ -112,11 +112,11 @@ class Processes:
             return [found]
         return list(gather_object([send_to_device(found, "cpu")]))
 
-    def require_alike(self, facts: Mapping[str, str]) -> None:
+    def require_alike(self, facts: Mapping[str, str | None]) -> None:
         """Refuses processes that differ in what shapes the result, which would lose or mix images.
 
         Args:
-            facts: of this process, by name.
+            facts: of this process, by name; None where it is not known.
 
         Raises:
             GuardbenchError: names the first that differs, and how.
@@ -124,9 +124,10 @@ class Processes:
         first, *others = self.collect(dict(facts))
         for rank, found in enumerate(others, start=1):
             for name, value in first.items():
-                if found[name] != value:
+                other = found[name]
+                if value is not None and other is not None and other != value:
                     raise (GuardbenchError if self.main else PeerError)(
-                        f"process {rank} has {name} {found[name]:.16}, and the first process {value:.16}; "
+                        f"process {rank} has {name} {_short(other)}, and the first {_short(value)}; "
                         "give all processes the same command, files and packages."
                     )
 
@@ -174,6 +175,11 @@ class Processes:
         """Inside, the first process of a node is done before its others begin: a cache is built once."""
         with self._accelerator.local_main_process_first():
             yield
+
+
+def _short(fact: str) -> str:
+    """A fact for an error: a SHA-256 by its first digits."""
+    return fact[:16] if len(fact) == 64 else fact[:80]
 
 
 def lost_peer(error: RuntimeError) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -32,7 +31,7 @@ from guardbench.metrics import (
     worst_case,
 )
 from guardbench.reassessment import AssessmentFile, lower, refusal
-from guardbench.records import LabelKind, ResultRecord, printable
+from guardbench.records import LabelKind, ResultRecord, TestSet, printable
 from guardbench.threat import ThreatModel
 
 # First word of the stages that evaluate; so do stages that begin with an attack's name. The others
@@ -158,8 +157,8 @@ def build_leaderboard(
         if kept is not file:
             both = kept.assessments + file.assessments
             unique[file.record.result_sha256] = replace(kept, assessments=both)
-    pixels = Counter(file.record.test.data_sha256 for file in unique.values())
-    usual = max(pixels, key=lambda digest: pixels[digest], default=None)
+    pixels = [file.record.test.data_sha256 for file in unique.values()]
+    usual = commonest(pixels)
     entries = sorted(
         (
             _entry(file, protocol.rank_by, usual=file.record.test.data_sha256 == usual)
@@ -183,6 +182,11 @@ def build_leaderboard(
         attacks=tuple(attack.name for attack in protocol.attacks),
     )
     return Board(protocol=head, ipc=ipc, tracks=Tracks(**tracks)).model_dump(mode="json")
+
+
+def commonest(values: Sequence[str]) -> str | None:
+    """What stands most often, the first of equals; None of nothing."""
+    return max(values, key=values.count, default=None)
 
 
 def _check_assessments(file: RecordFile, protocol: BoardProtocol) -> None:
@@ -234,17 +238,17 @@ def mismatch(record: ResultRecord, protocol: BoardProtocol, ipc: int) -> str | N
     return None
 
 
-def other_images(record: ResultRecord, first: RecordFile) -> str | None:
-    """Why `record` cannot stand on the boards of one protocol beside `first`; None when it can.
+def other_images(test: TestSet, file: RecordFile) -> str | None:
+    """Why what was measured on `test` cannot stand on a board beside `file`; None when it can.
 
     A protocol may name how many test images it takes and not which: those depend on the names that a copy
     of the dataset gives its images.
     """
-    ours, theirs = record.test.list_sha256, first.record.test.list_sha256
+    ours, theirs = test.list_sha256, file.record.test.list_sha256
     if ours == theirs:
         return None
     return (
-        f"test.list_sha256: other test images ({ours[:12]}) than {printable(first.path)} has "
+        f"test.list_sha256: other test images ({ours[:12]}) than {printable(file.path)} has "
         f"({theirs[:12]}), so they do not compare; run one of them again on the other's copy of the data."
     )
 

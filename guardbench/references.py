@@ -116,15 +116,18 @@ def measure_references(
     found: list[dict[Reference, Outcome]] = []
     for plan in plans:
         images = _images_of(plan.way, run, distilled, train)
+        # A random subset with hard labels is shared by all sets of its size.
+        shared = plan.way.startswith("random") and distilled.teacher is None
+        made_from = None if shared else distilled.digest
         if plan.labels is not None:
             with costs.of(plan.labels):
-                relabel(run, images, plan.student, plan.labels)
+                relabel(run, images, plan.student, plan.labels, made_from)
         found = found or [{} for _ in plan.seeds]
         pairs = list(enumerate(zip(plan.student.seeds, plan.seeds, strict=True)))
         for some in run.processes.rounds(pairs):
             stages = {seed: stage for _, (seed, stage) in some}
             with costs.of(*stages.values()):
-                models = train_students(run, images, plan.student, stages, plan.labels)
+                models = train_students(run, images, plan.student, stages, plan.labels, made_from)
             for (place, _), model in zip(some, models, strict=True):
                 right = clean_verdicts(run, model, x, y)
                 found[place][plan.way] = Outcome.from_flags(right.tolist())

@@ -129,7 +129,10 @@ class Run:
             "torch": torch.__version__,
         }
         self.processes.require_alike(
-            {name.replace("_", " "): str(value) for name, value in {**facts, **code}.items()}
+            {
+                name.replace("_", " "): None if value is None else str(value)
+                for name, value in {**facts, **code}.items()
+            }
         )
 
     def stage(self, name: str, kind: str, words: Mapping[str, Any]) -> StageFolder:

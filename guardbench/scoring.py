@@ -68,7 +68,9 @@ class Costs:
     @contextmanager
     def of(self, *stages: PlannedStage) -> Iterator[None]:
         """Notes the costs of stages that finish inside."""
-        before = [stage.folder.finished() is not None for stage in stages]
+        before = [
+            not stage.folder.reused for stage in stages
+        ]  # made by this very run, for another use
         yield
         for stage, shared in zip(stages, before, strict=True):
             stored = stage.folder.finished()

@@ -129,7 +129,7 @@ def built(protocol: Protocol, spec: AttackSpec, engine: Engine) -> Attack:
     """The attack of a column.
 
     Raises:
-        GuardbenchError: its parameters are wrong, or its steps cannot reach the ball's edge.
+        GuardbenchError: its parameters are wrong, or its steps cannot reach the ball's edge or are wider.
     """
     if "engine" in spec.params:
         raise GuardbenchError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ from guardbench.store import explained, write_text
 
 CHECKPOINT_EVERY_S = 20.0
 _WITHOUT_LOCKS: set[Path] = set()  # workspaces of which it has been said
+
+
+class _OutdatedError(ValueError):
+    """A checkpoint was made from other files than those that are there now."""
 
 
 @dataclass
@@ -89,7 +94,8 @@ class StageFolder:
 
         Args:
             made_from: digest of the files that it works on, where its key holds only what made them: these
-                may have been deleted and made anew, with other bits on another device.
+                may have been deleted and made anew, with other bits on another device. What was made from
+                others is then removed, and the stage left to the block.
 
         Waits while another process is at it, says who that is, and then reads what it has left. Inside,
         a signal waits for the next checkpoint (`interrupts.inside_stage`).
@@ -101,7 +107,7 @@ class StageFolder:
             return
         with contextlib.ExitStack() as stack:
             self._lock(stack)
-            stored = self.finished()
+            stored = self.processes.from_main(lambda: self._finished(alone=True))
             if stored is None:
                 stack.enter_context(interrupts.inside_stage(self.name))
             yield stored
@@ -141,7 +147,8 @@ class StageFolder:
         assert stored is not None, f"{self.name} comes first"
         return canonical.digest(stored["files"])
 
-    def _finished(self) -> dict[str, Any] | None:
+    def _finished(self, *, alone: bool = False) -> dict[str, Any] | None:
+        """What `finished` gives; `alone`: nobody else is at the stage, so what is out of date may go."""
         path = self.path / "stage.json"
         if not path.is_file():
             return None
@@ -152,7 +159,10 @@ class StageFolder:
                 raise ValueError("it has changed since it was written")
             if stored["key"] != self.key:
                 raise ValueError("it belongs to another stage")
-            self._require_made_from(stored)
+            if self._outdated(stored):
+                if alone:
+                    self._clear()
+                return None
             for name, sha in stored["files"].items():
                 if canonical.file_digest(self.path / name) != sha:
                     raise ValueError(f"{name} has changed since it was written")
@@ -183,6 +193,9 @@ class StageFolder:
             return None
         try:
             return self._read(self.checkpoint_path)
+        except _OutdatedError:
+            self._clear()
+            return None
         except ValueError as error:
             aside = self.checkpoint_path.with_suffix(".damaged")
             with explained(aside):
@@ -209,13 +222,27 @@ class StageFolder:
             ) from error
         if stored["key"] != self.key:
             raise ValueError("it belongs to another stage")
-        self._require_made_from(stored)
+        if self._outdated(stored):
+            raise _OutdatedError("what it was made from is another now")
         self._begun_by = tuple(stored.get("commits", ()))
         return float(stored["seconds"]), dict(stored["state"])
 
-    def _require_made_from(self, stored: Mapping[str, Any]) -> None:
-        if self._made_from is not None and stored.get("made_from") not in (None, self._made_from):
-            raise ValueError("what it was made from has been made anew since, with another result")
+    def _outdated(self, stored: Mapping[str, Any]) -> bool:
+        """Whether it was made from other files than those that are there now."""
+        return self._made_from is not None and stored.get("made_from") not in (
+            None,
+            self._made_from,
+        )
+
+    def _clear(self) -> None:
+        """Removes what was made from files that have been made anew since, with another result."""
+        self.say(f"{self.name}: what it was made from is another now, so it begins anew")
+        with explained(self.path):
+            for left in self.path.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != ".lock":
+                    left.unlink()
 
     def _commits(self) -> list[str | None]:
         """Of the code that has worked on this stage, in order."""
@@ -275,7 +302,7 @@ class StageFolder:
                     f"{error} Until then this process's part of {self.name} is lost in a crash."
                 )
                 self._told = True
-            interrupts.stop(f"{self.name} is given up")
+            interrupts.stop(f"the first process's part of {self.name} is saved")
 
     def own(self) -> dict[str, Any]:
         """What this process wrote last by `checkpoint_own`; empty where there is nothing to go on from."""

@@ -51,3 +51,5 @@ def checked(model: type[Model], words: dict[str, Any], *, where: str, inside: st
         return strictly(model, words)
     except ValidationError as error:
         raise GuardbenchError(f"{where}: {inside}{first_problem(error)}.") from error
+    except RecursionError as error:
+        raise GuardbenchError(f"{where}: is nested too deeply.") from error

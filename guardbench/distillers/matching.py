@@ -82,7 +82,9 @@ class DC:
         step = real_images_a_step(task, params) * cost + SYNTHETIC_PASSES * images
         passes = params.iterations * (outer * step + (outer - 1) * inner * images)
         steps = f"{params.iterations * outer} steps"
-        return [PlannedStage(_folder(task), steps, passes, split=False, arch=params.arch)]
+        return [
+            PlannedStage(_folder(task), steps, passes, split=False, fp32=True, arch=params.arch)
+        ]
 
     def label_kind(self, task: Task) -> LabelKind:  # noqa: ARG002 - the interface gives it
         """See `Distiller.label_kind`: an image stands for its class."""

@@ -143,7 +143,7 @@ def build_regulariser(words: Words, threat: ThreatModel) -> Regulariser:
         )
     try:
         numbers: dict[str, Any] = {
-            name: _number(str(value), whole=types.get(name) == "int")
+            name: _number(value, whole=types.get(name) == "int")
             for name, value in words.items()
             if name != "kind"
         }
@@ -154,10 +154,10 @@ def build_regulariser(words: Words, threat: ThreatModel) -> Regulariser:
         raise GuardbenchError(f"regulariser {kind}: {error}.") from error
 
 
-def _number(text: str, *, whole: bool) -> float | int:
-    number = parse_fraction(text)
-    if whole and number.denominator != 1:
-        raise ValueError(f"{text} is not a whole number")
+def _number(value: str | float | int, *, whole: bool) -> float | int:
+    number = parse_fraction(value) if isinstance(value, str) else value
+    if whole and int(number) != number:
+        raise ValueError(f"{value} is not a whole number")
     return int(number) if whole else float(number)
 
 

@@ -134,6 +134,8 @@ def read_form(folder: Path, problems: Problems) -> Submission | None:
             for field, message in json_files.problems(error):
                 problems.add(FORM, field, f"{message}.")
             return None
+        except RecursionError:
+            raise GuardbenchError("is nested too deeply.") from None
         if form.name in method_names():
             problems.add(FORM, "name", f"{form.name!r} is a method's own name; take another.")
         if form.name != folder.resolve().name:

@@ -171,7 +171,7 @@ def load_form(folder: Path) -> Submission:
 
     Raises:
         GuardbenchError: it is missing, too large, not TOML, or a field is wrong (the first of them;
-            `form_problems` gives all).
+            `check.read_form` gives all).
     """
     path = folder / FORM
     return checked(Submission, read_toml(path, what="submission"), where=str(path))

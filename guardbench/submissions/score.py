@@ -28,11 +28,17 @@ from guardbench.evaluation import (
     EvaluationPlan,
     evaluate,
     measured_artifact,
-    measured_indices,
     measured_test,
     plan_evaluation,
 )
-from guardbench.filing import Place, checkout_for, engine_mark, file_record, own_protocol
+from guardbench.filing import (
+    Place,
+    checkout_for,
+    engine_mark,
+    file_record,
+    own_protocol,
+    require_the_boards_images,
+)
 from guardbench.metrics import Measurement, estimate
 from guardbench.pipeline import Finished, choose_protocol, networks, require_complete
 from guardbench.progress import Progress
@@ -217,6 +223,14 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
         ),
     }
     artifact = run.stage("submission", "distilled", words)
+    run.require_alike(  # before any stage is asked for, which all processes do together
+        submission=artifact.key,
+        protocol=protocol.digest,
+        engine=settings.engine,
+        tier=settings.tier,
+        images=settings.images,
+        references=settings.references,
+    )
     sample = sample_size(
         protocol, dataset_info(form.dataset).num_classes, settings.tier, settings.images
     )
@@ -258,15 +272,12 @@ def execute_score(scoring: Scoring) -> Finished:
     form, (train, test) = scoring.form, scoring.real
     warnings: list[str] = []
     with explained(settings.output):
-        measured_indices(protocol, test, scoring.evaluating.sample)  # refused before the long part
-        run.require_alike(
-            train_images=train.digest,
-            validation_images=test.digest,
-            protocol=protocol.digest,
-            submission=scoring.artifact.key,
-            engine=settings.engine,
-            tier=settings.tier,
-        )
+        tested = measured_test(
+            protocol, test, scoring.evaluating.sample
+        )  # refused before the long part
+        if scoring.place.checkout is not None:
+            require_the_boards_images(scoring.place.checkout, protocol, tested)
+        run.require_alike(train_images=train.digest, validation_images=test.digest)
         distilled = _distilled(scoring)
         prepared = Costs()
         prepared.add(scoring.artifact)

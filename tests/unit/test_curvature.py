@@ -187,6 +187,7 @@ def test_second_pass_leaves_running_statistics_alone(kind: type) -> None:
         ({"kind": "curvature", "weight": 1, "h": 1, "x": 2}, "x"),
         ({"kind": "curvature", "weight": 1, "h": "1/0"}, "regulariser curvature"),
         ({"kind": "curvature", "weight": 0, "h": 1}, "weight must be above 0"),
+        ({"kind": "curvature", "weight": "1e-3", "h": 1}, "'1e-3' is not a fraction"),
         ({"kind": "pgd", "steps": 2.5}, "2.5 is not a whole number"),
         ({"kind": "trades", "beta": -1}, "beta must be above 0"),
     ],
@@ -200,3 +201,9 @@ def test_a_wrong_table_is_told_in_one_line(words: dict, said: str) -> None:
 def test_a_fraction_is_read_exactly() -> None:
     regulariser = build_regulariser({"kind": "curvature", "weight": 1, "h": "0.51/255"}, LINF)
     assert regulariser == FirstOrderCurvature(weight=1.0, h=0.002)
+
+
+@pytest.mark.parametrize("weight", [5e-5, 2.3e-5, 1e-12, 100])
+def test_a_number_is_taken_as_it_is_however_small(weight: float) -> None:
+    """Python writes those below 1e-4 with an exponent, which no fraction has."""
+    assert build_regulariser({"kind": "curvature", "weight": weight, "h": 1}, LINF).weight == weight

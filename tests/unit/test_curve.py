@@ -237,8 +237,10 @@ def test_radii():
     with pytest.raises(GuardbenchError, match=r"in l-inf none is over 1.* did you mean 8/255"):
         rising_radii("1,2,4,8", threat)
     assert rising_radii("1,2", ThreatModel("l2", Fraction(1, 2))) == (1, 2)
-    with pytest.raises(GuardbenchError, match="at most 200, none over 1000"):
+    with pytest.raises(GuardbenchError, match="--radii: '1e400' is not a fraction"):
         rising_radii("1e400", ThreatModel("l2", Fraction(1, 2)))
+    with pytest.raises(GuardbenchError, match="at most 200, none over 1000"):
+        rising_radii("9" * 30, ThreatModel("l2", Fraction(1, 2)))
     for wrong in (",".join(f"{k}/99999" for k in range(1, 300)), f"1/{'9' * 30}"):
         with pytest.raises(GuardbenchError, match="at most 200, none over 1000"):
             rising_radii(wrong, threat)

@@ -432,7 +432,7 @@ def test_the_regulariser_changes_the_images(tmp_path, digits) -> None:
 
 def test_both_gradients_that_are_compared_are_float32s(tmp_path, digits) -> None:
     """In a run in bf16 too: one side's rounding would be a part of the distance."""
-    found = []
+    found, distances = [], []
     for precision in ("bf16", "fp32"):
         task = make_task(tmp_path / precision, digits)
         accelerator = make_accelerator("cpu", precision, 8)
@@ -441,6 +441,8 @@ def test_both_gradients_that_are_compared_are_float32s(tmp_path, digits) -> None
         steps = matching._GradientMatching(task, digits, siamese=False)
         network = matching.fresh_network(task, steps.params, 0)
         found.append(steps._real_gradients(network, None, 0))
+        distances.append(steps._match(network, 0))
+    assert distances[0] == distances[1]
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 

@@ -13,9 +13,19 @@ from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
-from guardbench.pipeline import Plan, Settings, expected_seconds, make_plan, planned_method, prepare
+from guardbench.filing import require_the_boards_images
+from guardbench.pipeline import (
+    Plan,
+    Settings,
+    execute,
+    expected_seconds,
+    make_plan,
+    planned_method,
+    prepare,
+)
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
+from guardbench.record_files import load_record, save_record
 from guardbench.runtime import Run
 
 PER_CLASS = {"train": 2, "val": 1}
@@ -77,10 +87,15 @@ def test_too_few_test_images_are_refused_before_the_long_part(imagenette: Path) 
 
 def test_a_part_of_either_split_is_told_and_not_published(imagenette: Path, monkeypatch) -> None:
     """Where a protocol names no list, fewer validation images are other test images."""
-    monkeypatch.setattr(pipeline, "measured_indices", lambda *_: [])
+    monkeypatch.setattr(pipeline, "measured_test", lambda *_: None)
     plan = planned(imagenette)
     said: list[str] = []
     monkeypatch.setattr(plan.task.run.progress, "say", said.append)
+    prepare(plan)
+    assert len(said) == 1, "a list that a protocol names is here whole, or refused"
+    said.clear()
+    test = plan.protocol.test.model_copy(update={"sha256": None})
+    plan = dataclasses.replace(plan, protocol=plan.protocol.model_copy(update={"test": test}))
     prepare(plan)
     assert [line.split(" of ")[1].split(" images")[0] for line in said] == [
         "9469 training", "3925 validation",
@@ -106,19 +121,33 @@ def load_test(data: Path):
 
 
 def test_a_public_record_keeps_its_references(imagenette: Path, tmp_path, monkeypatch) -> None:
+    """The plan stands all the same: a suite asks for it to see that the record is there."""
     path = tmp_path / "baselines/guard/results/imagenette-64/ipc1-seed0.json"
     monkeypatch.setattr(pipeline, "checkout_for", lambda _: tmp_path)
-    planned(imagenette, publish=True)
     path.parent.mkdir(parents=True)
     path.touch()
+    plan = planned(imagenette, publish=True)
     kept = SimpleNamespace(seeds=[SimpleNamespace(references={"random": None})])
     monkeypatch.setattr(pipeline, "load_record", lambda _: kept)
-    with pytest.raises(
-        GuardbenchError, match=r"ipc1-seed0\.json holds the references .* add --references"
-    ):
-        planned(imagenette, publish=True)
-    kept.seeds[0].references = {}
-    planned(imagenette, publish=True)
+    said = r"ipc1-seed0\.json holds the references .* add --references"
+    with pytest.raises(GuardbenchError, match=said):
+        execute(plan)
+    asked = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, references=True))
+    for other, references in ((asked, {"random": None}), (plan, {})):
+        kept.seeds[0].references = references
+        with pytest.raises(GuardbenchError, match="10 validation images found"):  # comes next
+            execute(other)
+
+
+def test_other_test_images_than_the_public_rows_are_refused_before_the_long_part(tmp_path) -> None:
+    record = load_record(Path(__file__).parents[1] / "golden" / "record-v4.json")
+    save_record(tmp_path / "baselines/guard/results/toy/ipc10.json", record)
+    protocol = SimpleNamespace(id=record.protocol)
+    require_the_boards_images(tmp_path, protocol, record.test)
+    other = record.test.model_copy(update={"list_sha256": "0" * 64})
+    with pytest.raises(GuardbenchError, match=r"--publish: test.list_sha256: other test images"):
+        require_the_boards_images(tmp_path, protocol, other)
+    require_the_boards_images(tmp_path, SimpleNamespace(id="another"), other)
 
 
 def test_another_engine_makes_another_file(imagenette: Path) -> None:

@@ -37,10 +37,31 @@ def test_processes_that_differ_are_refused_on_all(monkeypatch, rank: int, name: 
     processes.require_alike(FACTS)
     monkeypatch.setattr(processes, "collect", lambda _: others)
     with pytest.raises(
-        GuardbenchError, match=f"process 2 has {name} b{{16}}, and the first process"
+        GuardbenchError, match=f"process 2 has {name} b{{16}}, and the first "
     ) as told:
         processes.require_alike(others[rank])
     assert isinstance(told.value, PeerError) == (rank > 0), "the first one alone speaks"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ("c" * 40, "c" * 40 + "-dirty", "process 1 has commit c{40}-dirty, and the first c{40};"),
+        (None, "c" * 40, None),  # git did not answer in time on one of them
+        ("c" * 40, None, None),
+        (None, None, None),
+    ],
+)
+def test_a_commit_is_told_whole_and_an_unknown_one_is_no_difference(
+    monkeypatch, ours, theirs, said
+) -> None:
+    processes = of(0, 2)
+    monkeypatch.setattr(processes, "collect", lambda _: [{"commit": ours}, {"commit": theirs}])
+    if said is None:
+        processes.require_alike({"commit": ours})
+        return
+    with pytest.raises(GuardbenchError, match=said):
+        processes.require_alike({"commit": ours})
 
 
 def test_the_reference_engine_gets_the_batches_of_one_process() -> None:

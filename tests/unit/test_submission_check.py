@@ -241,6 +241,14 @@ BROKEN = {
         tensor(images=torch.rand(0, 1, 8, 8), labels=torch.arange(0)),
         "submission.toml: resolution: images are [0, 1, 8, 8], must be [N, 1, 8, 8].",
     ),
+    "nested without end": (
+        lambda folder, _: (folder / FORM).write_text(".".join("a" * 20_000) + " = 1\n"),
+        "submission.toml: is nested too deeply.",
+    ),
+    "a date for a text": (
+        rewritten(title="2026-11-28"),
+        "submission.toml: title: must be text in quotes.",
+    ),
     "a method's name": (
         rewritten(name='"guard"'),
         "submission.toml: name: 'guard' is a method's own name; take another.",
