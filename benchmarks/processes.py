@@ -25,7 +25,9 @@ GROUPS = {
     "recover": ("recover",),
     "relabel": ("relabel",),
     "students": ("student",),
-    "evaluation": ("clean", "pgd100", "fgsm", "mim", "cw"),
+    "checks": ("checks",),
+    "attacks": ("clean", "pgd100", "fgsm", "mim", "cw"),
+    "evaluation": ("clean", "checks", "pgd100", "fgsm", "mim", "cw"),
 }
 
 

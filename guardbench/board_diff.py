@@ -389,5 +389,5 @@ def _same(a: Measurement | None, b: Measurement) -> bool:
 
 
 def _only(ours: Sequence[Past], theirs: Sequence[Past]) -> list[Past]:
-    known = {past.source.path for past in theirs}
-    return [past for past in ours if past.source.path not in known]
+    known = {past.source for past in theirs}
+    return [past for past in ours if past.source not in known]

@@ -74,6 +74,7 @@ def security_curve(
     steps: int = STEPS,
     batch_size: int = 256,
     told: Callable[[int], None] = lambda _: None,
+    skipped: Callable[[int], None] = lambda _: None,
     state: Mapping[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Tensor:
@@ -91,8 +92,8 @@ def security_curve(
         radii: rising.
         searched: see `run_batch`.
         batch_size: images at a time; no more are decoded at once.
-        told: hears how many images a finished batch had; first of those wrong when clean, and of those
-            that an earlier run had finished.
+        told: hears how many images a finished batch had.
+        skipped: hears how many images are wrong when clean, or were finished by an earlier run.
         state: from which an earlier run is to go on, as `keep` heard it.
         keep: hears after each radius what a later run needs to go on from there.
 
@@ -105,7 +106,7 @@ def security_curve(
     found: Tensor = state["found"].clone()
     begun, behind = int(state["batch"]), int(state["radius"])
     batches = plan_batches(found > 0, batch_size)
-    told(int((found == 0).sum()) + sum(map(len, batches[:begun])))
+    skipped(int((found == 0).sum()) + sum(map(len, batches[:begun])))
     for number, index in enumerate(batches[begun:], start=begun):
         attack = WarmPGD(ThreatModel(norm, radii[0]), x[index], steps)
         if behind:
@@ -187,7 +188,7 @@ def _measured(
             found = security_curve(
                 imported.model, x, y, norm, radii,
                 searched=searchable(imported.model, x[:8].to(run.device)),
-                batch_size=size, told=bar.advance, state=state, keep=keep,
+                batch_size=size, told=bar.advance, skipped=bar.skip, state=state, keep=keep,
             )  # fmt: skip
     return folder.finish(run.device, found=found.tolist())
 
@@ -230,7 +231,8 @@ def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
         )
         low, high = zip(*bands, strict=True)
         axes.fill_between(radii, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        ticks |= {float(Fraction(p.eps)): in_255ths(Fraction(p.eps)) for p in curve.points}
+        told = in_255ths if first.norm == "linf" else lambda eps: f"{float(eps):g}"
+        ticks |= {float(Fraction(p.eps)): told(Fraction(p.eps)) for p in curve.points}
     # Linear up to the smallest radius, so that clean accuracy has a place; logarithmic beyond.
     axes.set_xscale("symlog", linthresh=min(value for value in ticks if value), linscale=0.5)
     axes.set_xticks([*ticks], [*ticks.values()])

@@ -203,9 +203,19 @@ def others_on(device: torch.device) -> bool:
     except pynvml.NVMLError:
         return False
     pids = [each.pid for each in there]
+    # A suite has planned on the GPU that its cells run on, and waits.
+    own = {os.getpid(), *_ancestors()}
     # In a container that sees other numbers than the driver, one is this process.
-    others = pids if os.getpid() in pids else pids[1:]
-    return any(pid != os.getpid() and not _shares(pid) for pid in others)
+    others = pids if own & {*pids} else pids[1:]
+    return any(pid not in own and not _shares(pid) for pid in others)
+
+
+def _ancestors() -> list[int]:
+    """The processes that this one was started by, as far as they can be seen."""
+    try:
+        return [each.pid for each in psutil.Process(os.getpid()).parents()]
+    except psutil.Error:
+        return []
 
 
 def _shares(pid: int) -> bool:

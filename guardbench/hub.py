@@ -37,6 +37,8 @@ from guardbench.records import printable
 from guardbench.store import atomic_folder, explained, require_free
 
 SUFFIXES = (".parquet", ".safetensors")
+EXACT = "images.safetensors"
+"""The artifact itself, in what `push` has sent."""
 MAX_ENTRIES = 20_000
 MAX_FILES = 1_000
 # What the wire may bring beyond a file's own size: other transfers than plain HTTP repeat some of it.
@@ -255,6 +257,9 @@ def _data_files(repo: str, commit: str) -> list[RemoteFile]:
                 )
             if isinstance(entry, RepoFile) and entry.path.endswith(SUFFIXES):
                 files.append(_remote(entry))
+    # Of what `push` has sent: neither the teacher, which a form names itself, nor the copy as PNGs.
+    exact = [file for file in files if file.path.rpartition("/")[2] == EXACT]
+    files = exact or files
     if not files:
         raise GuardbenchError(
             f"{repo}: no {' or '.join(SUFFIXES)} file is in it at {commit[:12]}; other kinds are not read."

@@ -415,6 +415,9 @@ def _images_per_second(
         loss.backward()
         loss.item()
         rate = max(rate, count / (time.perf_counter() - begun))
+    if device.type == "cuda":
+        del model, images, loss  # a suite keeps this process, and its cells want the memory
+        torch.cuda.empty_cache()
     return rate
 
 

@@ -112,6 +112,11 @@ class Processes:
             return [found]
         return list(gather_object([send_to_device(found, "cpu")]))
 
+    def gathered(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows that every process has found of each name, in the order of ranks, on the CPU."""
+        parts = self.collect({name: rows.cpu() for name, rows in found.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in found}
+
     def require_alike(self, facts: Mapping[str, str | None]) -> None:
         """Refuses processes that differ in what shapes the result, which would lose or mix images.
 

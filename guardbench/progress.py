@@ -53,6 +53,11 @@ class Stage:
             self.message = message
         self._show()
 
+    def skip(self, count: int) -> None:
+        """Marks units as done that cost nothing now, so that no time to come is reckoned by them."""
+        self._resumed_at += count
+        self.advance(count)
+
     def within(self, units: float, message: str) -> None:
         """Shows the share of the units to come that is done, until the next `advance`."""
         self._within, self.message = units, message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -191,6 +192,21 @@ def _footnotes(record: AnyRecord) -> list[str]:
     return lines
 
 
+def stage_groups(record: AnyRecord) -> list[tuple[str, list[StageCost]]]:
+    """The stages in the order in which they ran, those that differ in a number alone together, with its name.
+
+    `pgd100 0` and `pgd100 1` are `pgd100, 2 seeds`.
+    """
+    groups: dict[str, list[StageCost]] = {}
+    for stage in record.cost:
+        groups.setdefault(re.sub(r" \d+$", "", stage.stage), []).append(stage)
+    several = {"expert": "trajectories"}
+    return [
+        (name if len(some) == 1 else f"{name}, {len(some)} {several.get(name, 'seeds')}", some)
+        for name, some in groups.items()
+    ]
+
+
 def _costs(record: AnyRecord) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("stage", overflow="fold")
@@ -198,13 +214,10 @@ def _costs(record: AnyRecord) -> Table:
     table.add_column("peak memory", justify="right", no_wrap=True)
     table.add_column("device", overflow="fold")
     table.add_column("")
-    groups: dict[str, list[StageCost]] = {}
-    for stage in record.cost:  # `pgd100 0` and `pgd100 1` are one row
-        groups.setdefault(stage.stage.split(" ")[0], []).append(stage)
-    for name, stages in groups.items():
+    for name, stages in stage_groups(record):
         reused = sum(stage.shared for stage in stages)
         table.add_row(
-            escape(name if len(stages) == 1 else f"{name}, {len(stages)} seeds"),
+            escape(name),
             clock(sum(stage.seconds for stage in stages)),
             byte_size(max(stage.peak_memory_bytes for stage in stages)),
             escape(", ".join(sorted({stage.device for stage in stages}))),

@@ -207,15 +207,15 @@ def _inspect(
             right = torch.tensor(clean.flags()).nonzero().squeeze(1)[:IMAGES]
             named = derive_seed(plan.seed, "checks")
             with run.progress.stage(folder.name, len(right), "images") as bar, seeded(named):
-                found = run.processes.from_main(
-                    lambda: inspect(
-                        model,
-                        x[right].to(run.device),
-                        y[right].to(run.device),
-                        protocol.threat.model,
-                        seed=named,
-                        compare=COMPARED.keys() - compared(protocol),
-                    )
+                mine = right[run.processes.share(len(right))]
+                found = inspect(
+                    model,
+                    x[mine].to(run.device),
+                    y[mine].to(run.device),
+                    protocol.threat.model,
+                    seed=named,
+                    compare=COMPARED.keys() - compared(protocol),
+                    gather=run.processes.gathered,
                 )
                 raised = [name for name, check in found.items() if check.flagged]
                 bar.advance(

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from types import FrameType
 
-from guardbench.errors import GuardbenchError
 from guardbench.pipeline import Settings
 from guardbench.records import ResultRecord
 from guardbench.suite import Cell, recorded
@@ -37,15 +36,6 @@ def words(settings: Settings) -> list[str]:
         elif value is not None and value is not False:
             found += [option, str(value)]
     return found
-
-
-def require_alone() -> None:
-    """Refuses to be one of several processes, of which each would run every cell."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise GuardbenchError(
-            "guardbench suite is one process that starts the others: run it without a launcher, and name "
-            "the launcher with --launch."
-        )
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def check_archive(path: Path, *, where: str) -> list[zipfile.ZipInfo]:
     if not _present(path, where).startswith(_ZIP):
         raise _damaged(where, "it begins as no archive does")
     size = path.stat().st_size
-    if _directory_bytes(path, size) > DIRECTORY_BYTES:
+    if directory_bytes(path, size) > DIRECTORY_BYTES:
         raise GuardbenchError(f"{where}: more than {MOST_ENTRIES} entries; save fewer arrays.")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -200,7 +200,7 @@ def check_archive(path: Path, *, where: str) -> list[zipfile.ZipInfo]:
     return entries
 
 
-def _directory_bytes(path: Path, size: int) -> int:
+def directory_bytes(path: Path, size: int) -> int:
     """How long an archive says that its directory is, which zipfile reads whole into memory.
 
     What looks like an end record is looked at wherever it stands, so that a comment hides none.

@@ -210,7 +210,7 @@ def _column(model: Diagnosed) -> dict[str, str]:
 
     images, terms = model.images, model.terms
     values = list(images.eigenvalue)
-    tenth = quantiles(values, n=10)[-1] if len(values) > 1 else values[0]
+    tenth = quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
     missed = images.converged.count(False)
     return {
         "accuracy, clean": f"{100 * fmean(images.correct):.1f}%",

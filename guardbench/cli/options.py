@@ -126,6 +126,10 @@ def make_console() -> Console:
 def process_rank() -> int:
     """This process's number among those that `accelerate launch` or `torchrun` has started, from 0."""
     # A RANK without others is left over from another command.
-    several = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
     rank = os.environ.get("RANK", "0")
-    return int(rank) if several and rank.isdecimal() else 0
+    return int(rank) if several_processes() and rank.isdecimal() else 0
+
+
+def several_processes() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")

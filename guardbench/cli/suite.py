@@ -24,6 +24,7 @@ from guardbench.cli.options import (
     References,
     TierName,
     TierOption,
+    several_processes,
 )
 from guardbench.errors import GuardbenchError
 
@@ -136,10 +137,14 @@ def suite(
 
     from guardbench.data.files import cache_root
     from guardbench.pipeline import Settings
-    from guardbench.suite_run import Runner, require_alone
+    from guardbench.suite_run import Runner
     from guardbench.suite_table import as_json, print_plan, print_summary, require_room, room
 
-    require_alone()
+    if several_processes():  # each would run every cell
+        raise GuardbenchError(
+            "guardbench suite is one process that starts the others: run it without a launcher, and name "
+            "the launcher with --launch."
+        )
     launcher = _launcher(launch)
     common = Settings(
         method="", dataset=None, protocol=None, ipc=0, seed=seed, device=device, precision=precision,
@@ -150,6 +155,8 @@ def suite(
     part = _plan(console, wanted, common, number, of, decode=not dry_run, skip=skip)
     folders = room(part, output, cache_root(cache_dir))
     print_plan(console, part, folders)
+    if launcher:
+        console.print("expected times are of one process a cell, not of those that --launch starts")
     _require_all(part, skip)
     results, code = [], 0
     if dry_run:

@@ -16,6 +16,7 @@ from guardbench.meaning import MEANING
 from guardbench.metrics import Measurement, estimate, wilson, worst_case
 from guardbench.protocol import protocol_ids
 from guardbench.records import Check, Outcome, ResultRecord
+from guardbench.report import stage_groups
 from guardbench.site.read import Entry, Shown
 
 
@@ -93,17 +94,16 @@ def attack_words(shown: Shown, name: str) -> str:
     return ""
 
 
+_DOTTED = re.compile(r"\w+\.")
+
+
 def stages(record: ResultRecord) -> tuple[Stage, ...]:
     """What it took, the students of one stage together, in the order in which they ran."""
-    groups: dict[str, list[int]] = {}
-    for place, stage in enumerate(record.cost):
-        groups.setdefault(stage.stage.split(" ")[0], []).append(place)
     found = []
-    for name, places in groups.items():
-        some = [record.cost[place] for place in places]
+    for name, some in stage_groups(record):
         found.append(
             Stage(
-                name=name if len(some) == 1 else f"{name}, {len(some)} seeds",
+                name=name,
                 count=len(some),
                 seconds=sum(stage.seconds for stage in some),
                 memory=max(stage.peak_memory_bytes for stage in some),
@@ -153,13 +153,15 @@ def command(record: ResultRecord, *, area: Area, path: str) -> str:
         words += [] if compared else ["--no-references"]
     else:
         words = ["run", "--method", record.method.name, *protocol, "--ipc", str(record.ipc)]
-        seed = re.search(r"-seed(\d+)$", PurePosixPath(path).stem)
+        seed = re.search(r"-seed(\d+)(-reference)?$", PurePosixPath(path).stem)
         words += ["--seed", seed[1]] if seed else []
         words += ["--references"] if compared else []
-        words += [word for text in record.overrides for word in ("--set", text)]
+        # What has no dotted name was no choice: a part of the training images, which the page lists.
+        words += [w for text in record.overrides if _DOTTED.match(text) for w in ("--set", text)]
     made = record.provenance
     precision = made.precision.get("distillation") or made.precision.get("students")
-    words += ["--precision", precision] if precision in ("fp32", "bf16") else []
+    precision = (precision or "").partition(",")[0]  # `fp16, images fp32`
+    words += ["--precision", precision] if precision in ("fp32", "bf16", "fp16") else []
     words += ["--engine", "reference"] if "reference" in made.engines.values() else []
     return shlex.join(["guardbench", *words])
 

@@ -23,6 +23,7 @@ from guardbench.record_files import CURVE_SUFFIX, FILE_LIMIT, load_record
 from guardbench.submissions.files import plain_file, walk
 from guardbench.submissions.form import FILL_IN, FORM, Submission, protocols_for, unmeasured
 from guardbench.submissions.leaks import find_leaks
+from guardbench.submissions.pixels import MOST_VALUES
 from guardbench.submissions.problems import Problems
 from guardbench.submissions.read import Content, read_content
 from guardbench.submissions.teacher import read_teacher, share_known
@@ -87,14 +88,18 @@ def check(
         own_protocol: the setting is measured by a protocol of the user's own, if by no published one.
     """
     problems = Problems()
-    report = Report(*_read(folder, fetched, problems), problems)
-    form, content = report.form, report.content
+    report = Report(read_form(folder, problems), None, None, problems)
+    form = report.form
     if form is None:
         return report
-    info = dataset_info(form.dataset)
-    if not own_protocol and (problem := unmeasured(form)) is not None:
-        problems.add(FORM, "ipc", problem)
     _check_strays(folder, form, problems)
+    if not measurable(form, problems, own_protocol=own_protocol):
+        return report  # how much there may be of it, its own form would say
+    info = dataset_info(form.dataset)
+    if form.data.kind in ("hub", "url") and fetched is None:
+        return report  # that it could not be fetched, its caller says
+    report.content = content = read_content(folder, form, info, fetched, problems)
+    report.teacher = read_teacher(folder, form, info, problems)
     if content is None:
         return report
     sound = _check_images(form, info, content, problems)
@@ -160,17 +165,19 @@ def recipe_of(form: Submission, content: Content) -> str:
     return canonical.digest({"form": form.sha256, "files": content.files})
 
 
-def _read(
-    folder: Path, fetched: Path | None, problems: Problems
-) -> tuple[Submission | None, Content | None, Classifier | None]:
-    form = read_form(folder, problems)
-    if form is None:
-        return None, None, None
-    info = dataset_info(form.dataset)
-    if form.data.kind in ("hub", "url") and fetched is None:
-        return form, None, None  # that it could not be fetched, its caller says
-    content = read_content(folder, form, info, fetched, problems)
-    return form, content, read_teacher(folder, form, info, problems)
+def measurable(form: Submission, problems: Problems, *, own_protocol: bool) -> bool:
+    """Whether a protocol measures its setting; what is wrong where none does."""
+    if own_protocol:
+        info = dataset_info(form.dataset)
+        values = form.ipc * info.num_classes * info.channels * form.resolution**2
+        if values <= MOST_VALUES:
+            return True
+        problems.add(FORM, "ipc", "so many images of that size are more than can be read.")
+        return False
+    problem = unmeasured(form)
+    if problem is not None:
+        problems.add(FORM, "ipc", problem)
+    return problem is None
 
 
 def _check_strays(folder: Path, form: Submission, problems: Problems) -> None:

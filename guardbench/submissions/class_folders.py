@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from guardbench.data.catalog import DatasetInfo
+from guardbench.data.locate import WORDNET_ID
 from guardbench.errors import GuardbenchError, brief
 from guardbench.records import printable
 from guardbench.submissions.files import MOST_ENTRIES
@@ -105,6 +106,11 @@ def _labels(
             raise GuardbenchError(
                 f"{folder}: {len(names)} class folders with images, {info.name} has "
                 f"{info.num_classes} classes; add those that are missing, remove what is none."
+            )
+        if info is not None and not all(WORDNET_ID.fullmatch(name) for name in names):
+            raise GuardbenchError(
+                f"{folder}: the classes of {info.name} are WordNet IDs in sorted order, and some folders "
+                "have other names; rename them to IDs, to numbers from 0, or to SRe2L's new000."
             )
         return {name: place for place, name in enumerate(names)}, "labels in their sorted order"
     place = {key: label for label, key in enumerate(info.classes)}

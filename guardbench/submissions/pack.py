@@ -18,6 +18,7 @@ from guardbench.records import NAME, printable
 from guardbench.store import atomic_path, explained
 from guardbench.submissions.files import MOST_BYTES, MOST_ENTRIES, require_plain_name, walk
 from guardbench.submissions.form import FORM, load_form
+from guardbench.tensor_files import directory_bytes
 
 RATIO = 200
 """Most bytes that a byte of a packed file may become; images and weights hardly shrink."""
@@ -100,12 +101,7 @@ def unpack(packed: Path, parent: Path) -> Path:
 
 def _check_directory(packed: Path, where: str) -> None:
     """Refuses an archive whose directory alone is longer than that of `MOST_ENTRIES` plain files."""
-    with packed.open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(size - 66_000, 0))
-        tail = stream.read()
-    at = tail.rfind(b"PK\x05\x06")
-    length = struct.unpack_from("<I", tail, at + 12)[0] if 0 <= at <= len(tail) - 16 else 0
+    length = directory_bytes(packed, packed.stat().st_size)
     if length > 200 * MOST_ENTRIES:
         raise GuardbenchError(f"{where}: its directory has {length} bytes; not unpacked.")
 

@@ -295,6 +295,8 @@ def _from_parquet(
                     places.append(place)
                     soft += [] if target is None else [target]
     if not images:
+        if not problems.count:
+            problems.add(names[0], "", "no image could be read.")
         return None
     wide = len({len(row) for row in soft}) == 1 and len(soft) == len(images)
     if inline and not wide:

@@ -50,7 +50,7 @@ from guardbench.scoring import Costs
 from guardbench.scoring_plan import engines_used
 from guardbench.stages import StageFolder
 from guardbench.store import check_workspace, explained
-from guardbench.submissions.check import Report, check, read_form, recipe_of
+from guardbench.submissions.check import Report, check, measurable, read_form, recipe_of
 from guardbench.submissions.fetch import fetch_data
 from guardbench.submissions.form import FORM, Submission, protocols_for
 from guardbench.submissions.problems import Problems
@@ -132,7 +132,7 @@ def check_submission(
         )
     form = read_form(folder, Problems())
     fetched = real = unreachable = None
-    if form is not None:
+    if form is not None and measurable(form, Problems(), own_protocol=own_protocol):
         try:
             fetched = fetch_data(form, cache_dir, progress)
         except GuardbenchError as error:

@@ -234,18 +234,51 @@ def test_the_submission_workflow_checks_scores_and_writes_the_table(checkout, tm
 
 
 @pytest.mark.parametrize(
-    "path", ["submissions/Mine/submission.toml", "submissions/mine/results/digits/ipc1-seed0.json"]
+    "path",
+    [
+        "submissions/Mine/submission.toml",
+        "submissions/mine/results/digits/ipc1-seed0.json",
+        'submissions/mine/results/digits/ip"c.json',  # which git quotes
+        "baselines/guard/results/digits/x.json",
+        "leaderboards/digits/ipc1.json",
+    ],
 )
 def test_the_submission_workflow_refuses_what_nobody_would_look_at(
     path, checkout, tmp_path
 ) -> None:
     head = tmp_path / "head"
     git(tmp_path, "clone", "-q", str(checkout), "head")
-    (head / path).parent.mkdir(parents=True)
+    (head / path).parent.mkdir(parents=True, exist_ok=True)
     (head / path).write_text("x")
     commit(head, "something")
     refs = {"BASE": git(checkout, "rev-parse", "HEAD"), "HEAD": git(head, "rev-parse", "HEAD")}
     assert shell(steps("submission.yml")["find"], tmp_path, NUMBER="7", **refs).returncode == 1
+
+
+def test_the_submission_workflow_sees_what_is_moved_away_and_lets_a_set_be_withdrawn(
+    checkout, tmp_path
+) -> None:
+    guardbench(*NEW, cwd=checkout)
+    result = checkout / "submissions" / "mine" / "results" / "digits" / "ipc1-seed0.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}" * 100)
+    commit(checkout, "a submission that was scored")
+    head = tmp_path / "head"
+    git(tmp_path, "clone", "-q", str(checkout), "head")
+    base = git(checkout, "rev-parse", "HEAD")
+    found = steps("submission.yml")
+    git(head, "mv", str(result.relative_to(checkout)), "elsewhere.json")
+    commit(head, "a result is moved away")
+    refs = {"BASE": base, "HEAD": git(head, "rev-parse", "HEAD")}
+    assert shell(found["find"], tmp_path, NUMBER="7", **refs).returncode == 1
+    git(head, "reset", "-q", "--hard", base)
+    git(head, "rm", "-q", "submissions/mine/submission.toml")
+    commit(head, "its author withdraws it")
+    refs = {"BASE": base, "HEAD": git(head, "rev-parse", "HEAD")}
+    shutil.rmtree(head / "submissions" / "mine")
+    for name in ("find", "check", "score", "table"):
+        result = shell(found[name], tmp_path, NUMBER="7", **refs)
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_table_is_put_under_the_pull_request_that_was_scored_and_no_other(tmp_path) -> None:

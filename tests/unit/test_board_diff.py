@@ -142,6 +142,21 @@ def test_a_stronger_evaluation_is_named_and_so_is_its_end():
     assert change.why == (f"a stronger evaluation, {reason}",)
 
 
+def test_an_evaluation_that_was_made_again_is_no_change_of_the_software():
+    def with_one(broken: int, sha256: str):
+        assessment = Assessment(
+            result_sha256=A30.record.result_sha256, attack="a search", made_by="A. Reader",
+            date="2026-11-23", source="https://example.org/runs/7",
+            seeds=[{"seed": 0, "outcome": Outcome.from_flags([k >= broken for k in range(30)])}],
+        )  # fmt: skip
+        path = "baselines/a/assessments/toy/ipc10.long.json"
+        return board(replace(A30, assessments=(AssessmentFile(path, sha256, assessment),)), B16)
+
+    lines = said(with_one(10, "0" * 64), with_one(30, "1" * 64))
+    assert "a stronger evaluation, 2026-11-23: A. Reader broke 30 images" in lines[0]
+    assert not any("computed otherwise" in line for line in lines)
+
+
 def test_a_superseded_protocol_is_told_on_its_board():
     old, new = board(A30), board(A30, protocol=replace(PGD, superseded_by="toy-2"))
     assert said(old, new) == ["its protocol is superseded by toy-2; this board stays"]

@@ -1,7 +1,10 @@
 """Each check has a model that is built to be caught by it, and an honest one that is not."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from guardbench.attacks.build import build_attack
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.search import answering_at_random
 from guardbench.checks import COMPARED, IMAGES, MEANING, UNSTEADY, compared, flags, inspect, judge
+from guardbench.processes import Processes
 from guardbench.protocol import AttackSpec, load_protocol
 from guardbench.records import Check, Outcome, SeedRun
 from guardbench.threat import ThreatModel
@@ -364,3 +368,35 @@ def test_what_a_protocol_has_no_columns_for_is_compared_by_the_checks(honest, na
     assert {*found} >= {"black-box", "single-step"}
     raised = {check for check in COMPARED if found[check].flagged}
     assert name in raised if name else not raised
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("images", [3, 21, 64])
+def test_processes_that_share_the_images_find_what_one_finds(
+    honest, count: int, images: int
+) -> None:
+    """Threads stand for processes; with more of them than images, some have none."""
+    model, x, y = honest
+    x, y = x[:images], y[:images]
+    wanted = inspect(model, x, y, THREAT, seed=0, compare=COMPARED.keys())
+    meeting, parts = threading.Barrier(count), [None] * count
+
+    def process(rank: int) -> dict[str, Check]:
+        def collect(found: object) -> list[object]:
+            parts[rank] = found
+            meeting.wait()
+            everything = [*parts]
+            meeting.wait()
+            return everything
+
+        own = Processes(SimpleNamespace(process_index=rank, num_processes=count))
+        own.collect = collect
+        mine = own.share(len(x))
+        return inspect(
+            model, x[mine], y[mine], THREAT, seed=0, compare=COMPARED.keys(), gather=own.gathered
+        )
+
+    with ThreadPoolExecutor(count) as pool:
+        found = [*pool.map(process, range(count))]
+    assert found == [wanted] * count
+    assert {*wanted} >= {"unbounded", "restarts", "black-box", "single-step"}

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 import struct
 import warnings
 import zipfile
@@ -204,6 +205,13 @@ def test_folders_that_cannot_be_meant(tmp_path):
     refused(made, "class 10 has 0 images where another has 2 .190 such", info=tiny)
     named = sre2l(tmp_path / "named", bytes_images(), "png", "n0144{:04d}")
     refused(named, "10 class folders with images, tiny-imagenet has 200 classes", info=tiny)
+    own = tmp_path / "own"
+    for label in range(200):
+        (own / f"class_{label}").mkdir(parents=True)
+        shutil.copy(made / "new000/class000_id000.png", own / f"class_{label}" / "a.png")
+    refused(
+        own, "classes of tiny-imagenet are WordNet IDs in sorted order, and some folders", info=tiny
+    )
     (made / "new000/class000_id000.png").rename(made / "new000/class003_id009.png")
     refused(made, "its name says class 3, its folder class 0", info=CIFAR)
     (made / "new000/class003_id009.png").unlink()

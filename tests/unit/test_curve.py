@@ -58,7 +58,9 @@ def test_of_a_linear_model_every_image_breaks_at_its_own_radius(norm):
         [0 if d == 0 else 1 + sum(float(d) > float(r) for r in radii) for d in distance]
     )
     heard: list[int] = []
-    found = security_curve(model, x, y, norm, radii, batch_size=30, told=heard.append)
+    found = security_curve(
+        model, x, y, norm, radii, batch_size=30, told=heard.append, skipped=heard.append
+    )
     assert torch.equal(found[clear.all(1)], expected[clear.all(1)])
     assert clear.all(1).sum() > 70
     assert heard == [9, 30, 30, 11]
@@ -146,8 +148,8 @@ def test_a_curve_killed_after_any_step_goes_on_there_and_ends_the_same(monkeypat
     def go(state=None, keep=lambda _: None):
         heard: list[int] = []
         found = security_curve(
-            model, x, y, "linf", radii, steps=3, batch_size=30, told=heard.append, state=state,
-            keep=keep,
+            model, x, y, "linf", radii, steps=3, batch_size=30, told=heard.append,
+            skipped=heard.append, state=state, keep=keep,
         )  # fmt: skip
         assert sum(heard) == len(x)
         return found

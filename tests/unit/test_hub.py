@@ -877,6 +877,14 @@ def test_fetch_takes_the_data_files_and_nothing_else(server: Hub, tmp_path: Path
     assert [path.name for path in into.parent.iterdir()] == ["b"]
 
 
+def test_fetch_takes_the_artifact_alone_of_what_was_pushed(server: Hub, tmp_path: Path) -> None:
+    """The teacher, which may be larger than all images, is named by a form; the PNGs are a copy."""
+    exact = {"guardbench/images.safetensors": b"S" * 7000}
+    beside = {"guardbench/teacher.safetensors": b"T" * 90_000, "data/train.parquet": b"P" * 5000}
+    commit = server.put({**exact, **beside, **REST})
+    assert contents(fetch(commit, tmp_path / "in", limit=7000)) == exact
+
+
 def test_fetch_looks_at_the_bytes_before_it_takes_any(server: Hub, tmp_path: Path) -> None:
     commit = server.put({**DATA, **REST})
     with pytest.raises(GuardbenchError, match="2 data files are 12000 bytes together") as caught:

@@ -403,10 +403,22 @@ def test_bf16_is_not_chosen_where_it_would_be_emulated(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("pids", "others"),
-    [([7], False), ([7, 8], True), ([7, 9], False), ([40], False), ([40, 41], True), ([], False)],
+    [
+        ([7], False),
+        ([7, 8], True),
+        ([7, 9], False),
+        ([7, 5], False),
+        ([5, 7, 8], True),
+        ([40], False),
+        ([40, 41], True),
+        ([], False),
+    ],
 )
 def test_who_else_is_on_the_gpu(monkeypatch, pids, others) -> None:
-    """This process is 7, and 9 is the server of NVIDIA's MPS; a container may see other numbers."""
+    """This process is 7, a suite's that started it 5, and 9 is the server of NVIDIA's MPS.
+
+    A container may see other numbers.
+    """
     asked = []
     nvml = SimpleNamespace(
         NVMLError=RuntimeError,
@@ -421,7 +433,9 @@ def test_who_else_is_on_the_gpu(monkeypatch, pids, others) -> None:
     monkeypatch.setattr(
         devices.psutil,
         "Process",
-        lambda pid: SimpleNamespace(name=lambda: names.get(pid, "python")),
+        lambda pid: SimpleNamespace(
+            name=lambda: names.get(pid, "python"), parents=lambda: [SimpleNamespace(pid=5)]
+        ),
     )
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2-3")

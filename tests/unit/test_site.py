@@ -413,6 +413,28 @@ def test_the_command_says_what_is_no_default(boards):
     assert found[-2:] == ["--engine", "reference"]
 
 
+@pytest.mark.parametrize(
+    ("precision", "said"), [("bf16", "bf16"), ("fp16, images fp32", "fp16"), ("mps", None)]
+)
+def test_the_command_measures_in_the_same_precision(boards, precision, said):
+    _, entry = entry_of(boards, "mat")
+    made = entry.record.provenance.model_copy(update={"precision": {"distillation": precision}})
+    found = typed(entry, provenance=made)
+    assert ("--precision" in found) == (said is not None)
+    assert said is None or found[found.index("--precision") + 1] == said
+
+
+def test_the_command_keeps_the_seed_and_leaves_out_what_was_no_choice(boards):
+    _, entry = entry_of(boards, "mat")
+    record = entry.record.model_copy(
+        update={"overrides": ("train=120 of 9469 images", "squeeze.epochs=5")}
+    )
+    path = "records/digits/ipc10/mat-seed3-reference.json"
+    found = shlex.split(command(record, area="baselines", path=path))
+    assert found[found.index("--seed") + 1] == "3"
+    assert [found[k + 1] for k, word in enumerate(found) if word == "--set"] == ["squeeze.epochs=5"]
+
+
 def test_a_hostile_setting_stays_one_word_of_the_command(boards):
     _, entry = entry_of(boards, "evil")
     found = shlex.split(command(entry.record, area="baselines", path=entry.row.record.path))

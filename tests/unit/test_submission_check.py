@@ -27,6 +27,7 @@ from guardbench.submissions.fetch import require_public
 from guardbench.submissions.files import inside, read_png, safetensors_heads, walk
 from guardbench.submissions.form import FORM, Submission, form_text, load_form
 from guardbench.submissions.pack import opened, pack, unpack
+from guardbench.submissions.score import check_submission
 
 FORM_WORDS = {
     "name": "mine",
@@ -518,6 +519,45 @@ def test_parquet_in_the_hubs_layout_is_read(folder: Path) -> None:
     assert lines(folder) == []
 
 
+def test_parquet_without_a_row_is_a_problem(folder: Path) -> None:
+    from pyarrow import parquet as files
+
+    parquet(folder, rows_of())
+    files.write_table(
+        files.read_table(folder / "images.parquet").slice(0, 0), folder / "images.parquet"
+    )
+    assert lines(folder) == ["images.parquet: no image could be read."]
+
+
+def test_what_no_protocol_measures_is_not_read(folder: Path, monkeypatch) -> None:
+    """How large it may be would be for its own form to say: here 250 TB."""
+
+    def read(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("guardbench.submissions.check.read_content", read)
+    wide = form(dataset="imagenet", resolution=1024, ipc=10_000)
+    (folder / FORM).write_text(form_text(wide))
+    assert any(
+        "no protocol measures imagenet at 1024 px, IPC 10000" in line for line in lines(folder)
+    )
+    report = check(folder, fetched=None, real=None, progress=Progress(), own_protocol=True)
+    assert any("more than can be read" in str(problem) for problem in report.problems.listed)
+
+
+def test_what_no_protocol_measures_is_not_fetched(folder: Path, monkeypatch) -> None:
+    def fetched(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("guardbench.submissions.score.fetch_data", fetched)
+    data = {"kind": "url", "url": "https://example.org/x.safetensors", "sha256": "0" * 64}
+    (folder / FORM).write_text(form_text(form(resolution=1024, data=data)))
+    report, _ = check_submission(
+        folder, data_dir=None, cache_dir=None, progress=Progress(), copies=False
+    )
+    assert any("no protocol measures" in str(problem) for problem in report.problems.listed)
+
+
 def test_parquet_with_soft_labels(folder: Path) -> None:
     rows = [{**row, "soft_label": torch.eye(10)[i].tolist()} for i, row in enumerate(rows_of())]
     parquet(folder, rows, labels="soft")
@@ -608,6 +648,18 @@ def test_a_leak_and_a_coreset_are_told(
     assert line.startswith(
         f"images.safetensors: images[4]: is validation image {val.ids[leaked]} (distance 0.00, "
     )
+
+
+def test_a_directory_of_millions_is_refused_before_it_is_read(folder: Path, tmp_path: Path) -> None:
+    """The 64-bit record, which zipfile believes, says what the 32-bit one does not."""
+    pack(folder, tmp_path / "one.zip")
+    data = (tmp_path / "one.zip").read_bytes()
+    at = data.rindex(b"PK\x05\x06")
+    wide = b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, 1 << 30, 0)
+    found = b"PK\x06\x07" + struct.pack("<IQI", 0, at, 1)
+    (tmp_path / "two.zip").write_bytes(data[:at] + wide + found + data[at:])
+    with pytest.raises(GuardbenchError, match="its directory has 1073741824 bytes; not unpacked"):
+        unpack(tmp_path / "two.zip", tmp_path / "there")
 
 
 def test_packed_and_unpacked_it_is_the_same(folder: Path, tmp_path: Path) -> None:
