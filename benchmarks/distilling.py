@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guardbench.curvature import step_along
-from guardbench.devices import device_name
+from guardbench.devices import device_name, official_arithmetic
 from guardbench.distillers.base import Task
 from guardbench.distillers.sre2l import Recover, _chunks, _groups, _Recovery
 from guardbench.methods import load_method
@@ -214,6 +214,7 @@ def main() -> None:
     words.add_argument("--device", default="cpu")
     args = words.parse_args()
     device = torch.device(args.device)
+    official_arithmetic()
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     print(
         f"torch {torch.__version__}, {device_name(device)}, {torch.get_num_threads()} threads, {args}"

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from guardbench.devices import device_name
+from guardbench.devices import device_name, official_arithmetic
 from guardbench.distillers import matching
 from guardbench.distillers.synthetic import InPieces
 from guardbench.models import build_model
@@ -39,6 +39,7 @@ def main() -> None:
     args = words.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    official_arithmetic()
     model = build_model(
         args.arch, channels=args.channels, classes=args.classes, resolution=args.resolution, seed=0
     )

@@ -4,7 +4,8 @@
 
 For each number a process of its own scores a random ConvNet, clean, under PGD-5, under APGD-5 and under
 Square with 20 queries, with the parts that `guardbench evaluate` uses, and reports the largest memory in
-use after the first image; the last line is the ratio of the last to the first. PGD at 8/255 leaves few
+use, and by how much that is above what was in use before; the last line holds the ratios of the last to the
+first. The second is the sharper: of the whole, a process's libraries are most. PGD at 8/255 leaves few
 images, so the images decide and not the attack. A batch holds so many rows and no more (`rows_at_once`),
 so memory levels off once the images fill it: fewer than that compare a part of a batch with a whole one.
 """
@@ -15,6 +16,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import psutil
 import torch
 
 from guardbench.attacks.apgd import APGD
@@ -33,7 +35,7 @@ from guardbench.threat import ThreatModel
 
 
 def alone(protocol_id: str, count: int, data_dir: Path | None, device: str) -> None:
-    """One measurement: prints the images that were attacked and the peak in bytes."""
+    """One measurement: prints the images that were attacked, the peak in bytes and what was there before."""
     protocol = load_protocol(protocol_id)
     info = dataset_info(protocol.dataset)
     test = load_split(
@@ -59,12 +61,17 @@ def alone(protocol_id: str, count: int, data_dir: Path | None, device: str) -> N
     with torch.no_grad():  # labels that the model gives: all images are attacked
         parts = (x[first : first + size].to(where) for first in range(0, count, size))
         y = torch.cat([model(part).argmax(1).cpu() for part in parts])
+    before = (
+        torch.cuda.memory_allocated(where)
+        if where.type == "cuda"
+        else psutil.Process().memory_info().rss
+    )
     meter = MemoryMeter(where)
     clean = clean_verdicts(run, model, x, y)
     for attack in attacks.values():
         for index in plan_batches(clean, images_at_a_time(attack, x[:1].to(where))):
             run_batch(attack, model, x, y, index, seed=0)
-    print(int(clean.sum()), meter.peak())
+    print(int(clean.sum()), meter.peak(), before)
 
 
 def main() -> None:
@@ -78,16 +85,19 @@ def main() -> None:
     if args.alone:
         alone(args.protocol, args.images[0], args.data_dir, args.device)
         return
-    peaks = []
+    peaks, above = [], []
     for count in args.images:
         command = [sys.executable, __file__, "--alone", "--protocol", args.protocol]
         command += ["--images", str(count), "--device", args.device]
         command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        attacked, peak = map(int, done.stdout.split())
+        attacked, peak, before = map(int, done.stdout.split())
         peaks.append(peak)
-        print(f"{count} images, {attacked} attacked: {peak / 1e6:.0f} MB")
-    print(f"ratio {peaks[-1] / peaks[0]:.3f}")
+        above.append(peak - before)
+        print(
+            f"{count} images, {attacked} attacked: {peak / 1e6:.0f} MB, {above[-1] / 1e6:.0f} MB above before"
+        )
+    print(f"ratio {peaks[-1] / peaks[0]:.3f}; above before {above[-1] / max(above[0], 1):.3f}")
 
 
 if __name__ == "__main__":
