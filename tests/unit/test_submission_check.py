@@ -242,10 +242,6 @@ BROKEN = {
         tensor(images=torch.rand(0, 1, 8, 8), labels=torch.arange(0)),
         "submission.toml: resolution: images are [0, 1, 8, 8], must be [N, 1, 8, 8].",
     ),
-    "nested without end": (
-        lambda folder, _: (folder / FORM).write_text(".".join("a" * 20_000) + " = 1\n"),
-        "submission.toml: is nested too deeply.",
-    ),
     "a date for a text": (
         rewritten(title="2026-11-28"),
         "submission.toml: title: must be text in quotes.",
@@ -527,6 +523,14 @@ def test_parquet_without_a_row_is_a_problem(folder: Path) -> None:
         files.read_table(folder / "images.parquet").slice(0, 0), folder / "images.parquet"
     )
     assert lines(folder) == ["images.parquet: no image could be read."]
+
+
+def test_a_form_nested_without_end_is_one_line(folder: Path) -> None:
+    """Some versions of the TOML reader refuse it themselves."""
+    (folder / FORM).write_text(".".join("a" * 12_000) + " = 1\n")
+    (line,) = lines(folder)
+    assert line.startswith("submission.toml: ")
+    assert "nested too deeply" in line or "more than the allowed" in line
 
 
 def test_what_no_protocol_measures_is_not_read(folder: Path, monkeypatch) -> None:
