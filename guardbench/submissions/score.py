@@ -272,9 +272,8 @@ def execute_score(scoring: Scoring) -> Finished:
     form, (train, test) = scoring.form, scoring.real
     warnings: list[str] = []
     with explained(settings.output):
-        tested = measured_test(
-            protocol, test, scoring.evaluating.sample
-        )  # refused before the long part
+        # What cannot be measured or published is refused before the long part.
+        tested = measured_test(protocol, test, scoring.evaluating.sample)
         if scoring.place.checkout is not None:
             require_the_boards_images(scoring.place.checkout, protocol, tested)
         run.require_alike(train_images=train.digest, validation_images=test.digest)
