@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
+from guardbench.board import Area
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import (
     alone_at,
     board_path,
     build_workspace_boards,
-    read_records,
+    public_records,
     rebuild,
     write,
 )
@@ -42,7 +43,7 @@ class Place:
     """
 
     workspace: Path
-    area: Literal["baselines", "submissions"]
+    area: Area
     name: str
     mark: str
     own_protocol: Path | None
@@ -122,8 +123,8 @@ def require_the_boards_images(checkout: Path, protocol: Protocol, tested: TestSe
     Raises:
         GuardbenchError: a record of the protocol is of another list of test images.
     """
-    for pattern in ("baselines/*/results/**/*.json", "submissions/*/results/**/*.json"):
-        for file in read_records(checkout, pattern):
+    for area in get_args(Area):
+        for file in public_records(checkout, area):
             if file.record.protocol == protocol.id and (reason := other_images(tested, file)):
                 raise GuardbenchError(f"--publish: {reason}")
 

@@ -71,6 +71,11 @@ def read_records(
     return files
 
 
+def public_records(root: Path, area: Area) -> list[RecordFile]:
+    """The records that are published in a checkout, of methods or of submissions; see `read_records`."""
+    return read_records(root, f"{area}/*/results/**/*.json")
+
+
 Loader = Callable[[str], BoardProtocol]
 
 
@@ -93,7 +98,7 @@ def rebuild(root: Path, *, load: Loader | None = None) -> dict[Path, str]:
     """
     files: list[RecordFile] = []
     for area in get_args(Area):
-        found = read_records(root, f"{area}/*/results/**/*.json")
+        found = public_records(root, area)
         assessed = _read_assessments(root, area, [file.path for file in found])
         links: dict[str, dict[str, str]] = {}
         for file in found:

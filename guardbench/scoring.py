@@ -68,9 +68,8 @@ class Costs:
     @contextmanager
     def of(self, *stages: PlannedStage) -> Iterator[None]:
         """Notes the costs of stages that finish inside."""
-        before = [
-            not stage.folder.reused for stage in stages
-        ]  # made by this very run, for another use
+        # Made by this very run already, for another use.
+        before = [not stage.folder.reused for stage in stages]
         yield
         for stage, shared in zip(stages, before, strict=True):
             stored = stage.folder.finished()
