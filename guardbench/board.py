@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import Field
 
 from guardbench.ddranking import Scores
+from guardbench.fields import Name, Sha256, Strict, only_const
 from guardbench.metrics import Measurement, WorstMeasurement
-from guardbench.records import Artifact, Method, Name, Sha256, Strict, only_const
+from guardbench.records import Artifact, Method
 
 BOARD_VERSION: Literal[2] = 2
 

@@ -13,8 +13,9 @@ from guardbench import board_words
 from guardbench.board import Board, BoardHead, Past, Row
 from guardbench.board_files import BoardFile, Boards
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Strict, only_const, printable
 from guardbench.metrics import Measurement
-from guardbench.records import LabelKind, Strict, only_const, printable
+from guardbench.records import LabelKind
 
 DIFF_VERSION: Literal[1] = 1
 

@@ -12,8 +12,8 @@ from typing import Any
 from guardbench import json_files
 from guardbench.board import Board, Index, ranks
 from guardbench.errors import GuardbenchError, brief
+from guardbench.fields import printable
 from guardbench.migrations import Migration, migrate
-from guardbench.records import printable
 from guardbench.store import read_text
 
 FOLDER = "leaderboards"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from guardbench.board import BoardHead, Row
+from guardbench.fields import printable
 from guardbench.metrics import Measurement
-from guardbench.records import printable
 
 
 def words(value: object) -> str:

@@ -18,20 +18,10 @@ from typing import Literal
 from pydantic import Field
 
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Line, Name, Sha256, Strict, only_const, printable
 from guardbench.metrics import CONFIDENCE, Basis, worst_case
 from guardbench.paired import RESAMPLES, Pairs, holm, interval, mcnemar, pair
-from guardbench.records import (
-    AnyRecord,
-    Line,
-    Name,
-    Outcome,
-    ResultRecord,
-    SeedRun,
-    Sha256,
-    Strict,
-    only_const,
-    printable,
-)
+from guardbench.records import AnyRecord, Outcome, ResultRecord, SeedRun
 
 COMPARISON_VERSION: Literal[1] = 1
 

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from guardbench import canonical, json_files
-from guardbench.records import Line, Name, Sha256, Strict, only_const
+from guardbench.fields import Line, Name, Sha256, Strict, only_const
 from guardbench.store import read_text, write_text
 from guardbench.threat import Norm
 

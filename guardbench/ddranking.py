@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable
 from statistics import fmean
 
-from guardbench.records import Reference, ResultRecord, Strict
+from guardbench.fields import Strict
+from guardbench.records import Reference, ResultRecord
 
 
 class Scores(Strict):

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from guardbench import canonical
+from guardbench.fields import Line, Name, Sha256, Strict, only_const
 from guardbench.figures import new_figure, save_png
-from guardbench.records import Classifier, Line, Name, Sha256, Strict, only_const
+from guardbench.records import Classifier
 from guardbench.store import write_text
 from guardbench.threat import Norm
 

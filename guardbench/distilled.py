@@ -16,11 +16,12 @@ from torch import Tensor
 from guardbench import canonical
 from guardbench.data.catalog import CATALOG, class_names
 from guardbench.errors import GuardbenchError, brief
+from guardbench.fields import Name, Strict
 from guardbench.figures import new_figure, save_png
 from guardbench.json_files import first_problem
 from guardbench.models import Classifier, build_model, load_weights, save_weights
 from guardbench.processes import Processes
-from guardbench.records import LabelKind, Name, Strict
+from guardbench.records import LabelKind
 from guardbench.store import read_text, write_bytes, write_text
 
 MANIFEST = "manifest.json"

@@ -32,8 +32,8 @@ from huggingface_hub.utils.tqdm import tqdm
 import guardbench
 from guardbench import canonical
 from guardbench.errors import GuardbenchError, brief
+from guardbench.fields import printable
 from guardbench.progress import Progress, Stage
-from guardbench.records import printable
 from guardbench.store import atomic_folder, explained, require_free
 
 SUFFIXES = (".parquet", ".safetensors")

@@ -11,9 +11,10 @@ from huggingface_hub import DatasetCardData
 import guardbench
 from guardbench.distilled import IMAGES, PREVIEW, TEACHER, Manifest, readable_classes
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.metrics import Estimate, estimate, worst_case
 from guardbench.protocol import load_protocol
-from guardbench.records import ResultRecord, printable
+from guardbench.records import ResultRecord
 
 ARTIFACT = "guardbench"
 TABLE = "data/train.parquet"

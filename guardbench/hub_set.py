@@ -39,12 +39,13 @@ from guardbench.distilled import (
     load_distilled,
 )
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.hub import answered, check_repo, check_revision, commit_of, downloaded, named_files
 from guardbench.hub_card import ARTIFACT, CARD, LICENCE, TABLE, Facts, card_text, check_licence
 from guardbench.hub_table import check_pictures, draw_preview, write_table
 from guardbench.json_files import first_problem
 from guardbench.progress import Progress
-from guardbench.records import ResultRecord, printable
+from guardbench.records import ResultRecord
 from guardbench.store import atomic_folder, read_text, require_free, write_text
 
 MANIFEST_LIMIT = 4 << 20

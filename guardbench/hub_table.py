@@ -11,8 +11,8 @@ from PIL import Image
 
 from guardbench.distilled import DistilledDataset, readable_classes, save_preview
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.progress import Progress
-from guardbench.records import printable
 
 ROWS = 100  # images a row group: some megabytes, which viewers fetch one at a time
 

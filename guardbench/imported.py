@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError, brief
+from guardbench.fields import printable
 from guardbench.models import ARCHITECTURES, Classifier, build_model
 from guardbench.normalisation import NORMALISATIONS, numbers_text, read_normalisation
 from guardbench.protocol import unknown
 from guardbench.records import Classifier as Described
-from guardbench.records import printable
 from guardbench.tensor_files import load_safetensors, load_torch
 
 WRAPPERS = ("state_dict", "model_state_dict", "net_state_dict", "model_state", "params", "model",

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from guardbench.errors import GuardbenchError
-from guardbench.records import NAME, SHA256, Strict, printable
+from guardbench.fields import NAME, SHA256, Strict, printable
 
 Made = TypeVar("Made")
 Model = TypeVar("Model", bound=Strict)

@@ -17,6 +17,7 @@ from guardbench.board import Area, Board, Index, IndexEntry
 from guardbench.board_files import FOLDER, is_board
 from guardbench.ddranking import whole_set
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Strict, printable
 from guardbench.locks import locked
 from guardbench.ranking import (
     BoardProtocol,
@@ -29,7 +30,7 @@ from guardbench.ranking import (
 from guardbench.reassessment import FOLDER as ASSESSMENTS
 from guardbench.reassessment import Assessment, AssessmentFile, assessed_path, load_assessment
 from guardbench.record_files import load_record, record_paths
-from guardbench.records import ResultRecord, Strict, printable
+from guardbench.records import ResultRecord
 from guardbench.store import explained, write_text
 
 LINK_LIMIT = 400  # characters

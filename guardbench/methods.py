@@ -16,9 +16,9 @@ from pydantic import Field, field_validator
 import guardbench
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Name, Strict
 from guardbench.protocol import unknown
 from guardbench.record_files import load_record, record_paths
-from guardbench.records import Name, Strict
 from guardbench.toml_files import checked, read_toml, toml_value
 
 

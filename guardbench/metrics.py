@@ -12,7 +12,8 @@ from fractions import Fraction
 from statistics import NormalDist, fmean, stdev
 from typing import Literal
 
-from guardbench.records import AnyRecord, Outcome, SeedRun, Strict
+from guardbench.fields import Strict
+from guardbench.records import AnyRecord, Outcome, SeedRun
 
 CONFIDENCE = 0.95
 

@@ -26,7 +26,8 @@ from pydantic import (
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
-from guardbench.records import RESERVED, Name, Strict
+from guardbench.fields import Name, Strict
+from guardbench.records import RESERVED
 from guardbench.threat import Norm, ThreatModel
 from guardbench.toml_files import checked, read_toml
 

@@ -22,6 +22,7 @@ from guardbench.board import (
 )
 from guardbench.ddranking import scores
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.metrics import (
     Estimate,
     Measurement,
@@ -31,7 +32,7 @@ from guardbench.metrics import (
     worst_case,
 )
 from guardbench.reassessment import AssessmentFile, lower, refusal
-from guardbench.records import LabelKind, ResultRecord, TestSet, printable
+from guardbench.records import LabelKind, ResultRecord, TestSet
 from guardbench.threat import ThreatModel
 
 # First word of the stages that evaluate; so do stages that begin with an attack's name. The others

@@ -21,19 +21,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from guardbench import canonical, json_files
 from guardbench.board import Past, Source
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Line, Sha256, Strict, only_const, printable
 from guardbench.metrics import Measurement, estimate
 from guardbench.migrations import Migration, migrate
-from guardbench.records import (
-    ClassifierRecord,
-    Line,
-    Outcome,
-    ResultRecord,
-    SeedRun,
-    Sha256,
-    Strict,
-    only_const,
-    printable,
-)
+from guardbench.records import ClassifierRecord, Outcome, ResultRecord, SeedRun
 from guardbench.store import read_text, write_text
 from guardbench.threat import ThreatModel, tolerance
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from guardbench import canonical, json_files
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.migrations import migrate
-from guardbench.records import AnyRecord, ClassifierRecord, ResultRecord, printable
+from guardbench.records import AnyRecord, ClassifierRecord, ResultRecord
 from guardbench.store import read_text, write_text
 
 FILE_LIMIT = 16 << 20

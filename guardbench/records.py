@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from guardbench import canonical
+from guardbench.fields import Bytes, Line, Name, Sha256, Strict, only_const, printable
 
 SCHEMA_VERSION: Literal[5] = 5
 RESERVED = ("clean", "worst_case")
@@ -28,33 +29,6 @@ same size in the same way, on the same images with hard labels, without augmenta
 subset without augmentation."""
 Tier = Literal["official", "dev"]
 """Whether a number may stand on a board, or is of work in progress (`guardbench.tier`)."""
-
-# Control, bidirectional and zero-width characters would let a name rewrite a reader's terminal.
-HIDDEN = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-NAME = r"^[a-z0-9][a-z0-9._+-]{0,63}$"
-
-SHA256 = r"^[0-9a-f]{64}$"
-
-Name = Annotated[str, Field(pattern=NAME)]
-Line = Annotated[str, Field(min_length=1, max_length=200, pattern=f"^[^{HIDDEN}]+$")]
-Sha256 = Annotated[str, Field(pattern=SHA256)]
-Bytes = Annotated[int, Field(ge=0, le=1 << 53)]
-
-
-def only_const(schema: dict[str, Any]) -> None:
-    """Drops from a JSON Schema what older pydantic repeats, so that all give the same bytes."""
-    schema.pop("enum", None)
-
-
-class Strict(BaseModel):
-    """Unknown fields, NaN and infinity are refused, and nothing changes once it is made."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        json_schema_serialization_defaults_required=True,
-    )
 
 
 class Outcome(Strict):
@@ -436,15 +410,6 @@ class ClassifierRecord(_Measured):
 
 
 AnyRecord = ResultRecord | ClassifierRecord
-
-
-def printable(text: str, limit: int = 300) -> str:
-    """`text`, cut short, with what could move a terminal's cursor shown as an escape."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
-        for c in text[:limit]
-    )
-    return shown + ("..." if len(text) > limit else "")
 
 
 def _check_name(name: str, pattern: str, letters: str) -> None:

@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from guardbench.ddranking import in_words
+from guardbench.fields import printable
 from guardbench.leaderboard import stale_boards
 from guardbench.metrics import Estimate, beard, estimate, worst_case
 from guardbench.progress import clock
-from guardbench.records import AnyRecord, ClassifierRecord, ResultRecord, StageCost, printable
+from guardbench.records import AnyRecord, ClassifierRecord, ResultRecord, StageCost
 
 if TYPE_CHECKING:  # numpy, which `show` does not need
     from guardbench.compare import Comparison, Counts, Row, Side

@@ -10,9 +10,9 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Name, Strict
 from guardbench.methods import set_mark
 from guardbench.protocol import unknown
-from guardbench.records import Name, Strict
 from guardbench.toml_files import checked, read_toml
 
 

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.metrics import Estimate, estimate, worst_case
 from guardbench.progress import clock
-from guardbench.records import printable
 from guardbench.report import byte_size
 from guardbench.suite import Cell, Suite, decoded_bytes
 from guardbench.suite_run import Result

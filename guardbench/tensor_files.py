@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import printable
+from guardbench.fields import printable
 
 MOST_BYTES = 8 << 30
 """Of one file, and of all that an archive unpacks to."""

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from guardbench.errors import GuardbenchError, brief
+from guardbench.fields import Strict
 from guardbench.json_files import first_problem, strictly
-from guardbench.records import Strict
 from guardbench.store import read_text
 
 if sys.version_info >= (3, 11):

@@ -138,7 +138,7 @@ def _mistyped(error: Exception) -> str | None:
 
 
 def _fail(words: str) -> NoReturn:
-    from guardbench.records import printable
+    from guardbench.fields import printable
 
     who = f"process {process_rank()}: " if process_rank() else ""
     typer.echo(f"{who}error: {printable(words, 4000)}", err=True)

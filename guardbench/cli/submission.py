@@ -220,7 +220,7 @@ def print_report(console: Console, report: Report) -> None:
     """Prints what is there, what to know of it, and what is wrong."""
     from rich.markup import escape
 
-    from guardbench.records import printable
+    from guardbench.fields import printable
 
     def line(text: str) -> None:
         console.print(escape(text), highlight=False, soft_wrap=True)

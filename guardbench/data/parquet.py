@@ -9,7 +9,7 @@ from typing import Any
 from guardbench.data.shard_files import HUB, ShardFile
 from guardbench.data.shards import Entry
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import printable
+from guardbench.fields import printable
 
 _ROWS_A_BATCH = 64
 _BUFFER_BYTES = 1 << 20

@@ -17,7 +17,7 @@ from guardbench.data.locate import WORDNET_ID, Located
 from guardbench.data.shard_files import ShardFile, shard_files
 from guardbench.data.source import Item, Shard, Source, read_image
 from guardbench.errors import GuardbenchError
-from guardbench.records import printable
+from guardbench.fields import printable
 from guardbench.store import read_text
 
 # `n01440764_10026` and `ILSVRC2012_val_00000293`: what the files of every ImageNet are called.

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from guardbench.data.shard_files import ShardFile
 from guardbench.data.shards import Entry
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import printable
+from guardbench.fields import printable
 
 _IMAGES = ("jpg", "jpeg", "png", "bmp", "webp")
 _MOST_BYTES = {**dict.fromkeys(_IMAGES, 256 << 20), "cls": 1 << 10, "json": 1 << 20}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_args
 
+from guardbench.fields import Strict
 from guardbench.methods import MethodFile, Recipe
-from guardbench.records import LabelKind, Strict
+from guardbench.records import LabelKind
 from guardbench.runtime import Run
 from guardbench.stages import StageFolder
 from guardbench.threat import ThreatModel

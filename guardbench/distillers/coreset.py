@@ -24,8 +24,9 @@ from guardbench.distilled import (
 from guardbench.distillers.base import PlannedStage, Task, read_params
 from guardbench.distillers.squeeze import Squeeze, plan_squeeze, squeeze, squeeze_folder
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Strict
 from guardbench.models import Classifier, features
-from guardbench.records import LabelKind, Strict
+from guardbench.records import LabelKind
 from guardbench.stages import StageFolder
 
 MOST_BYTES = 8 << 30

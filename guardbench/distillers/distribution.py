@@ -24,8 +24,9 @@ from guardbench.distillers.synthetic import (
     real_images_a_step,
 )
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Strict
 from guardbench.models import Classifier
-from guardbench.records import LabelKind, Strict
+from guardbench.records import LabelKind
 from guardbench.runtime import check_finite
 from guardbench.stages import StageFolder
 

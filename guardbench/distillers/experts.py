@@ -27,9 +27,9 @@ from guardbench.data.augment import apply_crops, draw_crops, draw_flips
 from guardbench.data.dataset import RealDataset
 from guardbench.distillers.base import PlannedStage, Task
 from guardbench.errors import GuardbenchError, brief
+from guardbench.fields import Name, Strict
 from guardbench.models import Classifier, batch_norms, build_model
 from guardbench.protocol import LARGEST_RATE, CropScale
-from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, build_regulariser, key_words
 from guardbench.runtime import take_step
 from guardbench.stages import StageFolder

@@ -34,9 +34,10 @@ from guardbench.distillers.synthetic import (
     real_images_a_step,
 )
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Strict
 from guardbench.models import Classifier
 from guardbench.protocol import LARGEST_RATE
-from guardbench.records import LabelKind, Strict
+from guardbench.records import LabelKind
 from guardbench.regularisers.base import Batch, Regulariser, build_regulariser, key_words
 from guardbench.runtime import check_finite
 from guardbench.stages import StageFolder

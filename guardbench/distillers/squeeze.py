@@ -18,9 +18,9 @@ from guardbench.data.augment import apply_crops, draw_crops, draw_flips
 from guardbench.data.dataset import RealDataset
 from guardbench.distillers.base import PlannedStage, Task
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Name, Strict
 from guardbench.models import Classifier, build_model, load_trained, save_weights
 from guardbench.protocol import LARGEST_RATE, CropScale
-from guardbench.records import Name, Strict
 from guardbench.regularisers.base import Batch, Regulariser, build_regulariser, key_words
 from guardbench.runtime import take_step
 from guardbench.stages import StageFolder

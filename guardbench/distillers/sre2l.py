@@ -37,9 +37,10 @@ from guardbench.distillers.squeeze import (
     squeeze_folder,
 )
 from guardbench.errors import GuardbenchError, brief
+from guardbench.fields import Strict
 from guardbench.models import Classifier, batch_norms
 from guardbench.protocol import LARGEST_RATE, CropScale
-from guardbench.records import LabelKind, Strict
+from guardbench.records import LabelKind
 from guardbench.runtime import check_finite
 from guardbench.sealed import read_tensors, write_tensors
 from guardbench.stages import StageFolder

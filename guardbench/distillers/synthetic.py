@@ -21,9 +21,9 @@ from guardbench.distilled import MANIFEST, DistilledDataset, save_distilled, tol
 from guardbench.distillers.base import Task
 from guardbench.distillers.dsa import View
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Name, Strict
 from guardbench.models import Classifier, batch_norms, build_model
 from guardbench.protocol import LARGEST_RATE
-from guardbench.records import Name, Strict
 from guardbench.stages import StageFolder
 
 

@@ -56,8 +56,9 @@ from guardbench.distillers.trajectory_loss import (
     match_unrolled,
 )
 from guardbench.errors import GuardbenchError
+from guardbench.fields import Strict
 from guardbench.protocol import LARGEST_RATE, CropScale
-from guardbench.records import LabelKind, Strict
+from guardbench.records import LabelKind
 from guardbench.runtime import check_finite
 from guardbench.stages import StageFolder
 

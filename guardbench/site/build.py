@@ -14,9 +14,9 @@ import jinja2
 import guardbench
 from guardbench import canonical
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.metrics import beard
 from guardbench.progress import clock
-from guardbench.records import printable
 from guardbench.report import byte_size
 from guardbench.site import view
 from guardbench.site.charts import board_data, row_data

@@ -14,10 +14,11 @@ from guardbench.board import Board, Row
 from guardbench.board_files import FOLDER, load_board, load_index
 from guardbench.curve_files import Curve, load_curve
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.leaderboard import board_path
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
 from guardbench.record_files import CURVE_SUFFIX, load_record, record_paths
-from guardbench.records import LabelKind, ResultRecord, printable
+from guardbench.records import LabelKind, ResultRecord
 from guardbench.store import read_text
 
 TRACKS: tuple[LabelKind, ...] = ("hard", "soft", "teacher")

@@ -21,7 +21,7 @@ from torch import Tensor
 from guardbench.data.catalog import DatasetInfo
 from guardbench.data.locate import WORDNET_ID
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import printable
+from guardbench.fields import printable
 from guardbench.submissions.files import MOST_ENTRIES
 from guardbench.submissions.pixels import MOST_SIDE, MOST_VALUES
 

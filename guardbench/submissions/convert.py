@@ -19,7 +19,7 @@ from torch import Tensor
 from guardbench.data.catalog import DatasetInfo
 from guardbench.distilled import IMAGES, PREVIEW, save_preview
 from guardbench.errors import GuardbenchError
-from guardbench.records import HIDDEN, Name, printable
+from guardbench.fields import HIDDEN, Name, printable
 from guardbench.store import check_writable, explained, write_bytes, write_text
 from guardbench.submissions.form import FILL_IN, FORM, Data, Submission, form_text
 from guardbench.submissions.labels import read_labels

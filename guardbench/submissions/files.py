@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import HIDDEN, printable
+from guardbench.fields import HIDDEN, printable
 
 MOST_BYTES = 8 << 30
 """Of one file of a submission."""

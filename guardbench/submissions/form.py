@@ -10,8 +10,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from guardbench import canonical
 from guardbench.data.catalog import DatasetInfo
+from guardbench.fields import HIDDEN, Name, Sha256, Strict, only_const
 from guardbench.protocol import Protocol, load_protocol, protocol_ids
-from guardbench.records import HIDDEN, LabelKind, Name, Sha256, Strict, only_const
+from guardbench.records import LabelKind
 from guardbench.toml_files import checked, read_toml
 
 FORM = "submission.toml"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import NAME, printable
+from guardbench.fields import NAME, printable
 from guardbench.store import atomic_path, explained
 from guardbench.submissions.files import MOST_BYTES, MOST_ENTRIES, require_plain_name, walk
 from guardbench.submissions.form import FORM, load_form

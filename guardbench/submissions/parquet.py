@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import printable
+from guardbench.fields import printable
 
 Row = dict[str, Any]
 

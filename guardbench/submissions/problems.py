@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from guardbench.errors import GuardbenchError
-from guardbench.records import printable
+from guardbench.fields import printable
 
 MOST_ALIKE = 5
 """Problems of one field that are listed one by one; the others are counted."""

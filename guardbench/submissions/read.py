@@ -23,7 +23,7 @@ from torch import Tensor
 from guardbench import canonical
 from guardbench.data.catalog import DatasetInfo
 from guardbench.errors import GuardbenchError, brief
-from guardbench.records import printable
+from guardbench.fields import printable
 from guardbench.submissions.files import (
     TensorHead,
     inside,

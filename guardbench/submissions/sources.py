@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guardbench.data.catalog import DatasetInfo
 from guardbench.errors import GuardbenchError
-from guardbench.records import printable
+from guardbench.fields import printable
 from guardbench.submissions.class_folders import at_most, listed, read_class_folders
 from guardbench.submissions.files import plain_file
 from guardbench.submissions.pixels import check_tensor

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from guardbench.data.catalog import DatasetInfo
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.models import ARCHITECTURES, Classifier, build_model, load_weights
-from guardbench.records import printable
 from guardbench.submissions.files import plain_file, safetensors_heads
 from guardbench.submissions.form import FORM, Submission
 from guardbench.submissions.problems import Problems
