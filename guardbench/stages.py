@@ -172,11 +172,16 @@ class StageFolder:
             ) from error
         return dict(stored)
 
-    def begin(self, device: torch.device) -> dict[str, Any] | None:
+    def begin(self, device: torch.device, made_from: str | None = None) -> dict[str, Any] | None:
         """Starts the clock; returns the last checkpoint of an earlier, unfinished run, if any.
 
         One that is damaged is set aside with a line, and the stage begins anew.
+
+        Args:
+            made_from: as `claimed` has it, for a stage whose result stands by itself once it is finished:
+                only what is unfinished is of no use where the files that it was made from are others now.
         """
+        self._made_from = made_from or self._made_from
         self._begun = self._saved = time.monotonic()
         self._meter = MemoryMeter(device)
         found = self.processes.from_main(self._last_checkpoint)

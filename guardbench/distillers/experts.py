@@ -68,9 +68,11 @@ class Trajectory:
 
     Attributes:
         path: the file that holds its weights, one tensor an epoch.
+        sha256: of that file.
     """
 
     path: Path
+    sha256: str
 
     def at(self, epoch: int) -> Tensor:
         """Its weights after `epoch` epochs (0: as initialised), float32 [P] in `FlatNetwork`'s order."""
@@ -170,8 +172,8 @@ def train_experts(task: Task, params: Experts, train: RealDataset) -> list[Traje
                 task.run.processes.from_main(
                     partial(write_bytes, folder.path / TRAJECTORY, save(state))
                 )
-                folder.finish(task.run.device, (TRAJECTORY,))
-        found.append(Trajectory(folder.path / TRAJECTORY))
+                stored = folder.finish(task.run.device, (TRAJECTORY,))
+        found.append(Trajectory(folder.path / TRAJECTORY, stored["files"][TRAJECTORY]))
     return found
 
 

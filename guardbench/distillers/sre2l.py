@@ -38,6 +38,7 @@ from guardbench.distillers.squeeze import (
 )
 from guardbench.errors import GuardbenchError, brief
 from guardbench.fields import Strict
+from guardbench.imported import state_digest
 from guardbench.models import Classifier, batch_norms
 from guardbench.protocol import LARGEST_RATE, CropScale
 from guardbench.records import LabelKind
@@ -151,9 +152,11 @@ def recover(task: Task, teacher: Classifier) -> DistilledDataset:
 def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledDataset:
     params, run = read_params(task, Params).recover, task.run
     groups = _groups(len(task.classes), task.ipc, params)
-    state = folder.begin(run.device)
+    made_from = run.processes.from_main(lambda: state_digest(teacher))
+    state = folder.begin(run.device, made_from)
     # Chunks that are done lie in files of their own: neither memory nor a checkpoint holds all images.
-    ready = run.processes.from_main(lambda: _ready(folder.path, groups, folder.say))
+    part = partial(_part, folder.path, made_from)
+    ready = run.processes.from_main(lambda: _ready(part, groups, folder.say))
     most = params.images_a_batch * run.processes.count
     chunks = [chunk for some in _left(groups, ready) for chunk in _chunks(some, most)]
     if state is not None and state.get("groups") != [
@@ -170,7 +173,7 @@ def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledD
                 state = None
             images = {"images": recovery.optimise(folder, bar.advance)}
             first = chunk[0].number
-            run.processes.from_main(partial(write_tensors, _part(folder.path, first), images))
+            run.processes.from_main(partial(write_tensors, part(first), images))
             ready[first] = len(chunk)
     labels = torch.tensor([label for group in groups for label in group.labels])
     order = torch.argsort(labels, stable=True)  # class after class, as people look for them
@@ -178,7 +181,7 @@ def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledD
         run.processes,
         lambda: save_distilled(
             folder.path / "distilled",
-            images=_gathered([_part(folder.path, first) for first in sorted(ready)], order),
+            images=_gathered([part(first) for first in sorted(ready)], order),
             hard=labels[order],
             teacher=teacher,
             teacher_arch=read_params(task, Params).squeeze.arch,
@@ -193,22 +196,24 @@ def _recover(task: Task, teacher: Classifier, folder: StageFolder) -> DistilledD
     return distilled
 
 
-def _part(folder: Path, first: int) -> Path:
-    """The file of the images of a chunk, by the number of its first group."""
-    return folder / f"recovered-{first:05d}.safetensors"
+def _part(folder: Path, teacher: str, first: int) -> Path:
+    """The file of the images of a chunk, by the teacher's digest and the number of its first group."""
+    return folder / f"recovered-{teacher[:12]}-{first:05d}.safetensors"
 
 
-def _ready(folder: Path, groups: list[_Group], say: Callable[[str], None]) -> dict[int, int]:
+def _ready(
+    part: Callable[[int], Path], groups: list[_Group], say: Callable[[str], None]
+) -> dict[int, int]:
     """The chunks that are done: number of the first group -> groups in its file; of any size each."""
     ready: dict[int, int] = {}
     number = 0
     while number < len(groups):
-        part, held = _part(folder, number), 0
-        if part.is_file():
+        path, held = part(number), 0
+        if path.is_file():
             try:
-                held = len(read_tensors(part)["images"]) // len(groups[number].labels)
+                held = len(read_tensors(path)["images"]) // len(groups[number].labels)
             except ValueError as error:
-                say(f"{part}: unreadable ({error}); its images are recovered anew")
+                say(f"{path}: unreadable ({error}); its images are recovered anew")
         if held:
             ready[number] = held
         number += max(held, 1)

@@ -296,7 +296,8 @@ class _Matching:
         """Runs the iterations that are left and writes the artifact."""
         task, count = self.task, self.params.iterations
         first = 0
-        state = folder.begin(task.run.device)
+        experts = canonical.digest([expert.sha256 for expert in self.experts])
+        state = folder.begin(task.run.device, experts)
         if state is not None:
             first = int(state["iteration"])
             with torch.no_grad():

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -293,6 +294,28 @@ def test_a_recover_of_many_groups_holds_one_of_them(
     assert not list(folder.glob("recovered-*"))
 
 
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_recover_whose_teacher_was_made_anew_begins_anew(
+    tmp_path, killed_at, checkpointed: bool
+) -> None:
+    """Its folder goes by what makes the teacher: deleted and squeezed again, that may differ in bits."""
+    words = {"ipc": 2, "iterations": 3, "images_a_batch": 10}
+    broken = make_task(tmp_path / "b", **words)
+    killed_at(4, lambda: recover(broken, trained_teacher()))  # in the second of two chunks
+    (folder,) = {path.parent for path in (tmp_path / "b").rglob("recovered-*")}
+    if not checkpointed:
+        (folder / "checkpoint.pt").unlink()
+    other = trained_teacher()
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    assert torch.equal(
+        recover(broken, other).images, recover(make_task(tmp_path / "a", **words), other).images
+    )
+    assert not list(folder.glob("recovered-*"))
+    # A finished set carries its teacher: it stands, whatever the squeeze has given since.
+    assert recover(broken, trained_teacher()).digest == recover(broken, other).digest
+
+
 def test_a_thousand_classes_are_recovered_a_hundred_images_at_a_time() -> None:
     params = Recover(iterations=1, lr=0.1, r_bn=0.1, jitter=0)
     chunks = _chunks(_groups(1000, 50, params), params.images_a_batch)
@@ -370,25 +393,27 @@ def test_a_teacher_of_split_batch_statistics_is_not_that_of_one_process(tmp_path
 
 
 def test_recovered_chunks_are_found_again_whatever_their_size(tmp_path) -> None:
+    part = partial(_part, tmp_path, "0" * 64)
     groups = _groups(10, 5, Recover(iterations=1, lr=0.1, r_bn=1.0, jitter=0))
-    write_tensors(_part(tmp_path, 0), {"images": torch.zeros(20, 1, 2, 2)})
-    assert _ready(tmp_path, groups, print) == {0: 2}
-    write_tensors(_part(tmp_path, 2), {"images": torch.zeros(30, 1, 2, 2)})
-    assert _ready(tmp_path, groups, print) == {0: 2, 2: 3}, "of a run with more processes"
+    write_tensors(part(0), {"images": torch.zeros(20, 1, 2, 2)})
+    assert _ready(part, groups, print) == {0: 2}
+    write_tensors(part(2), {"images": torch.zeros(30, 1, 2, 2)})
+    assert _ready(part, groups, print) == {0: 2, 2: 3}, "of a run with more processes"
     assert _left(groups, {0: 2, 2: 3}) == []
     assert [[g.number for g in run] for run in _left(groups, {1: 1, 4: 1})] == [[0], [2, 3]]
 
 
 def test_a_damaged_chunk_is_recovered_anew_and_told(tmp_path) -> None:
+    part = partial(_part, tmp_path, "0" * 64)
     groups = _groups(10, 3, Recover(iterations=1, lr=0.1, r_bn=1.0, jitter=0))
     for first in range(3):
-        write_tensors(_part(tmp_path, first), {"images": torch.rand(10, 1, 2, 2)})
-    whole = _part(tmp_path, 1).read_bytes()
+        write_tensors(part(first), {"images": torch.rand(10, 1, 2, 2)})
+    whole = part(1).read_bytes()
     flipped = bytearray(whole)
     flipped[-5] ^= 1
     for damaged in (b"", b"rubbish", whole[:-7], bytes(flipped)):
         said = []
-        _part(tmp_path, 1).write_bytes(damaged)
-        assert _ready(tmp_path, groups, said.append) == {0: 1, 2: 1}, "the others stay"
+        part(1).write_bytes(damaged)
+        assert _ready(part, groups, said.append) == {0: 1, 2: 1}, "the others stay"
         assert len(said) == 1
-        assert "recovered-00001.safetensors: unreadable" in said[0]
+        assert "recovered-000000000000-00001.safetensors: unreadable" in said[0]

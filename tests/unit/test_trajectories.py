@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -20,7 +20,6 @@ from guardbench.distillers.base import Task
 from guardbench.distillers.experts import (
     Experts,
     FlatNetwork,
-    Trajectory,
     expert_folder,
     train_experts,
 )
@@ -328,6 +327,28 @@ def test_a_killed_run_ends_as_an_unbroken_one(
     assert torch.equal(again.images, whole.images)
 
 
+def test_a_match_whose_experts_were_made_anew_begins_anew(tmp_path, monkeypatch) -> None:
+    def other_experts(task: Task) -> None:
+        for number in range(2):
+            folder = expert_folder(task, Experts(**task.recipe.params["experts"]), number)
+            path = folder.path / experts_module.TRAJECTORY
+            save_file({name: row * 1.1 for name, row in load_file(path).items()}, path)
+            (folder.path / "stage.json").unlink()
+            folder.begin(torch.device("cpu"))
+            folder.finish(torch.device("cpu"), (experts_module.TRAJECTORY,))
+
+    train, (whole, broken) = load_digits(), (make_task(tmp_path / name) for name in "ab")
+    with monkeypatch.context() as patch:
+        kill_after(patch, "match", 2)
+        with pytest.raises(Killed):
+            MTT().distill(broken, train)
+    train_experts(whole, Experts(**whole.recipe.params["experts"]), train)
+    other_experts(whole)
+    other_experts(broken)
+    expected, found = (MTT().distill(task, train) for task in (whole, broken))
+    assert torch.equal(found.images, expected.images)
+
+
 def test_experts_that_were_deleted_are_made_again_though_the_set_is_there(tmp_path) -> None:
     task = make_task(tmp_path)
     made = MTT().distill(task, load_digits())
@@ -442,7 +463,7 @@ def test_a_buffer_of_another_length_or_with_changed_bytes_is_one_line(tmp_path) 
     params = Experts(**task.recipe.params["experts"])
     expert = train_experts(task, params, load_digits())[0]
     with pytest.raises(GuardbenchError, match="no weights of epoch 7"):
-        Trajectory(expert.path).at(7)
+        expert.at(7)
     data = bytearray(expert.path.read_bytes())
     data[-1] ^= 1
     expert.path.write_bytes(bytes(data))
