@@ -88,6 +88,8 @@ class MethodFile(Strict):
         distiller: name in the registry.
         like: a method whose distiller and recipes this one takes over where it says nothing else;
             tables of `params` merge field by field, a `regulariser` replaces the other's whole.
+        published_of: a method whose published accuracies are this one's too, where their paper leaves open
+            which of the two it ran.
         recipes: by `<dataset>@<resolution>`. A `regulariser` table of the file itself is that of
             every recipe that names none of its own.
         published: what papers report for it.
@@ -98,6 +100,7 @@ class MethodFile(Strict):
     paper: str = Field(max_length=400)
     distiller: Name
     like: Name | None = None
+    published_of: Name | None = None
     recipes: dict[str, Recipe]
     published: tuple[Published, ...] = ()
 
@@ -164,11 +167,14 @@ def _words(name: str, above: Sequence[str]) -> dict[str, Any]:
     """The words of a method file with what it takes over from the method that it is like."""
     path = method_path(name)
     words = read_toml(path, what="method")
-    like = words.get("like")
-    if like is not None:
-        if like not in method_names() or like in (name, *above):
-            raise GuardbenchError(f"{path}: like: {like!r} is no other method.")
+    for field in ("like", "published_of"):
+        other = words.get(field)
+        if other is not None and (other not in method_names() or other in (name, *above)):
+            raise GuardbenchError(f"{path}: {field}: {other!r} is no other method.")
+    if (like := words.get("like")) is not None:
         words = _inherited(_words(str(like), (name, *above)), words)
+    if (other := words.get("published_of")) is not None:
+        words["published"] = _words(str(other), (name, *above)).get("published", [])
     regulariser = words.pop("regulariser", None)
     if regulariser is not None:
         for recipe in _table(words, "recipes").values():

@@ -98,8 +98,9 @@ def test_what_is_compared_with_sre2l_has_its_teacher(name: str) -> None:
 
 
 PAPERS = {
-    "guard", "guard-double", "sre2l", "sre2l-adv", "sre2l-adv-released", "sre2l-trades", "sre2l-fbf",
-    "sre2l-gradnorm", "cda", "cda-guard", "random", "herding", "k-center", "full",
+    "guard", "guard-double", "guard-released",
+    "sre2l", "sre2l-adv", "sre2l-adv-released", "sre2l-trades", "sre2l-fbf", "sre2l-gradnorm",
+    "cda", "cda-guard", "random", "herding", "k-center", "full",
     "dc", "dc-guard", "dsa", "dm", "mtt", "tesla", "mat",
 }  # fmt: skip
 
@@ -121,6 +122,13 @@ def test_like_takes_over_what_a_method_does_not_say() -> None:
     recover = load_method("cda").recipes["imagenette@64"].params["recover"]
     assert recover == sre2l.recipes["imagenette@64"].params["recover"] | curriculum
     assert not [p for p in trades.published if p.cells], "sre2l's cells are not its own"
+
+
+def test_every_form_of_guard_is_held_against_the_papers_cells() -> None:
+    """The paper's weight is of one form, and its released code's of the other."""
+    cells = load_method("guard").published
+    assert len(cells) == 16
+    assert load_method("guard-double").published == load_method("guard-released").published == cells
 
 
 @pytest.mark.parametrize(
