@@ -103,7 +103,7 @@ def contradictions(methods: Iterable[MethodFile]) -> list[str]:
     lines: dict[str, None] = {}
     for method in methods:
         seen: dict[tuple[object, ...], float] = {}
-        for row in method.published:
+        for row in () if method.published_of else method.published:  # each cell once
             paper = row.source.split(", ")[:2]  # authors, and where and when
             for column, value in row.cells.items():
                 earlier = seen.setdefault((*paper, row.dataset, row.ipc, column), value)
