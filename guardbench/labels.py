@@ -84,6 +84,11 @@ class LabelStore:
             )
         return self._unpacked(load(data))
 
+    def clear(self) -> None:
+        """Removes the files of all epochs."""
+        for path in self.folder.glob("labels-*.safetensors"):
+            path.unlink(missing_ok=True)
+
     def left(self, epochs: int, rows: int) -> list[int]:
         """The epochs, of the first `epochs`, that are not there yet, or damaged.
 

@@ -79,6 +79,10 @@ class StageFolder:
         return self.path / "checkpoint.pt"
 
     @property
+    def _finished_path(self) -> Path:
+        return self.path / "stage.json"
+
+    @property
     def own_path(self) -> Path:
         """Where this process, of several, keeps what `checkpoint` cannot hold of all of them."""
         return self.path / f"checkpoint-{self.processes.rank}-of-{self.processes.count}.pt"
@@ -149,7 +153,7 @@ class StageFolder:
 
     def _finished(self, *, alone: bool = False) -> dict[str, Any] | None:
         """What `finished` gives; `alone`: nobody else is at the stage, so what is out of date may go."""
-        path = self.path / "stage.json"
+        path = self._finished_path
         if not path.is_file():
             return None
         try:
@@ -242,8 +246,10 @@ class StageFolder:
     def _clear(self) -> None:
         """Removes what was made from files that have been made anew since, with another result."""
         self.say(f"{self.name}: what it was made from is another now, so it begins anew")
+        telling = (self.checkpoint_path, self._finished_path)
         with explained(self.path):
-            for left in self.path.iterdir():
+            # Last what tells that the others are out of date, or a kill half-way would leave those alone.
+            for left in sorted(self.path.iterdir(), key=lambda path: path in telling):
                 if left.is_dir():
                     shutil.rmtree(left)
                 elif left.name != ".lock":
@@ -379,7 +385,7 @@ class StageFolder:
             **facts,
         }
         seal = canonical.digest(json.loads(canonical.dumps(stored)))
-        write_text(self.path / "stage.json", canonical.dumps({**stored, "seal": seal}))
+        write_text(self._finished_path, canonical.dumps({**stored, "seal": seal}))
         for left in (self.checkpoint_path, *self.path.glob("checkpoint-*-of-*.pt")):
             left.unlink(missing_ok=True)
         return stored

@@ -102,8 +102,11 @@ def _relabel(run: Run, distilled: DistilledDataset, student: Student, stage: Pla
     assert teacher is not None, "only a teacher labels views"
     teacher.to(run.device).eval()
     images = placed(distilled.images, run.device)
-    folder.begin(run.device)
     store, processes = label_store(distilled, student, stage), run.processes
+    if folder.begin(run.device) is None:
+        # A checkpoint says from which set labels are: none is there before it, nor after it is lost.
+        processes.from_main(store.clear)
+        folder.checkpoint({})
     left = processes.from_main(lambda: store.left(student.epochs, len(images)))
     begun = student.epochs - len(left)
     with run.progress.stage(folder.name, student.epochs, "epochs", begun) as bar:

@@ -564,3 +564,36 @@ def test_a_stage_begun_at_one_commit_and_finished_at_another_names_both(tmp_path
                 folder.finish(run.device)
     costs.add(folder)
     assert costs.commits == ["a" * 40, "b" * 40]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("removed", [0, 1, 2, 3])
+def test_a_kill_while_outdated_files_are_removed_leaves_none_untold(
+    tmp_path, monkeypatch, removed: int, finished: bool
+) -> None:
+    """Else those that are left would be taken over, with nothing to say of which set they are."""
+    folder = make_run(tmp_path).stage("relabel", "labels", {"a": 1})
+    with folder.claimed("one"):
+        folder.begin(CPU)
+        folder.checkpoint({})
+        for name in ("labels-0", "a", "z"):
+            (folder.path / name).write_text("of the first set")
+        if finished:
+            folder.finish(CPU, ("a",))
+    left, real = [removed], stages.Path.unlink
+
+    def unlink(path, **words) -> None:
+        if path.name != ".lock" and path.exists():
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        real(path, **words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages.Path, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt), folder.claimed("another"):
+            folder.begin(CPU)
+    with folder.claimed("another") as stored:
+        assert stored is None
+        assert folder.begin(CPU) is None
+        assert [path.name for path in folder.path.iterdir()] == [".lock"]

@@ -186,7 +186,7 @@ def test_a_killed_relabel_labels_only_the_epochs_that_are_not_there(
     run, student = make_run(tmp_path), make_student(epochs=5)
     made = make_set(tmp_path, "teacher")
     labels = plan_relabel(run, "k", student, 20)
-    killed_at(2, lambda: relabel(run, made, student, labels))
+    killed_at(3, lambda: relabel(run, made, student, labels))  # the first is before all epochs
     store = label_store(made, student, labels)
     assert store.left(5, rows=20) == [2, 3, 4]
     store.path(0).unlink()
@@ -353,3 +353,40 @@ def test_a_class_with_too_few_images_is_named(tmp_path) -> None:
             classes=CLASSES,
             provenance={},
         )
+
+
+def test_labels_of_a_set_made_anew_are_made_anew_however_early_the_kill(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The set was deleted and made again with other bits, as on another device."""
+    student, real = make_student(), training.label_epoch
+    old = make_set(tmp_path / "old", "teacher")
+    new = make_set(tmp_path / "new", "teacher", images=old.images.flip(0))
+    run = make_run(tmp_path / "broken")
+    labels = plan_relabel(run, "k", student, 20)
+
+    def dies(*words):
+        if words[-1] == 1:
+            raise KeyboardInterrupt
+        return real(*words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "label_epoch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            relabel(run, old, student, labels, old.digest)
+    store = label_store(new, student, labels)
+    assert store.left(3, rows=20) == [1, 2], "long before the first checkpoint that is due"
+    relabel(run, new, student, labels, new.digest)
+    unbroken = make_run(tmp_path / "unbroken")
+    whole = plan_relabel(unbroken, "k", student, 20)
+    relabel(unbroken, new, student, whole, new.digest)
+    assert store.digests() == label_store(new, student, whole).digests()
+
+
+def test_labels_without_the_checkpoint_that_says_whose_they_are_are_made_anew(tmp_path) -> None:
+    run, student, made = make_run(tmp_path), make_student(), make_set(tmp_path, "teacher")
+    labels = plan_relabel(run, "k", student, 20)
+    store = label_store(made, student, labels)
+    store.write(0, torch.zeros(20, 10))  # whole, and of whatever set
+    relabel(run, made, student, labels, made.digest)
+    assert store.read(0, store.digests()[0]).any()
