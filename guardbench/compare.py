@@ -61,7 +61,8 @@ class Row(Strict):
         bounded: the attack is held inside the threat model in both records.
         images: distinct images that both measured; images_per_seed: those of each seed.
         a, b: accuracies on the paired images, in [0, 100]: the mean over seeds.
-        difference: `a - b`, in percentage points; low, high: its 95% interval, in [-100, 100].
+        difference: `a - b`, in percentage points; low, high: its 95% interval, in [-100, 100]; both 0
+            where the records hold one result.
         interval: what the interval rests on; `images` says nothing about other seeds.
         by_image: images that more students of A have right than of B, and the other way round.
             Each image counts once, so that this p holds when seeds share their images; with one
@@ -155,8 +156,9 @@ def compare(a: AnyRecord, b: AnyRecord, *, resamples: int = RESAMPLES) -> Compar
     pairs = {name: pairs for name, pairs in found.items() if pairs is not None}
     by_image = {name: each.by_image for name, each in pairs.items()}
     p_holm = holm([mcnemar(*counts) for counts in by_image.values()])
+    same = a.result_sha256 == b.result_sha256
     rows = [
-        _row(name, each, by_image[name], p, _is_bounded(a, b, name), resamples)
+        _row(name, each, by_image[name], p, _is_bounded(a, b, name), resamples, same)
         for (name, each), p in zip(pairs.items(), p_holm, strict=True)
     ]
     return Comparison(
@@ -176,9 +178,12 @@ def _row(
     p_holm: float,
     bounded: bool,
     resamples: int,
+    same: bool,
 ) -> Row:
     images = pairs.measured.sum(axis=0)
     low, high, basis = interval(pairs, resamples=resamples)
+    if same:  # one result, which does not differ from itself
+        low, high = 0.0, 0.0
     a, b = (100 * float((right.sum(axis=0) / images).mean()) for right in (pairs.a, pairs.b))
     only_a, only_b = (pairs.difference == 1).sum(axis=0), (pairs.difference == -1).sum(axis=0)
     verdict: Verdict = "does not stand"

@@ -353,9 +353,11 @@ def _comparison_footnotes(found: Comparison) -> list[str]:
     lines = [
         "images: those that both measured, each seed, x seeds. Interval: of A - B in points, "
         + (
-            "the wider of a bootstrap over seeds and images and Student's t over seeds."
+            "the widest of a bootstrap over seeds and images, Tango's score interval over images and "
+            "Student's t over seeds."
             if several
-            else "a bootstrap over images; one seed says nothing about other seeds."
+            else "the wider of a bootstrap and Tango's score interval over images; one seed says nothing "
+            "about other seeds."
         ),
         "A:B: images that more students of A have right, and of B. p: McNemar's exact test on "
         f"these, with Holm's correction over {len(found.rows)} rows.",
