@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import RealDataset, load_split
 from guardbench.data.locate import locate
 from guardbench.errors import GuardbenchError
+from guardbench.methods import methods_folder
 from guardbench.progress import Progress
+from guardbench.protocol import load_protocol
+from guardbench.record_files import load_record
 
 pytestmark = pytest.mark.real_data
 
@@ -54,6 +58,13 @@ def test_imagenette_val(cache: Path) -> None:
     assert torch.allclose(mean, torch.tensor([0.485, 0.456, 0.406]), atol=0.05)
     again = real("imagenette", "val", 64, cache)
     assert again.digest == data.digest
+    assert len(load_protocol("imagenette-64").test_indices(data.ids)) == 1000, "it pins its list"
+    # Decoded as for the published rows, where Pillow is as it was for them.
+    measured = [*methods_folder().glob("*/results/imagenette-64/*.json")]
+    assert measured
+    for record in map(load_record, measured):
+        if record.provenance.versions["pillow"] == version("pillow"):
+            assert record.test.data_sha256 == data.digest
 
 
 def test_cifar10_test(cache: Path) -> None:
@@ -71,3 +82,4 @@ def test_tiny_imagenet_val(cache: Path) -> None:
     assert data.num_classes == 200
     assert list(data.classes) == sorted(data.classes)
     assert data.labels.bincount().tolist() == [50] * 200
+    assert len(load_protocol("tiny-imagenet").test_indices(data.ids)) == 10_000, "it pins its list"
