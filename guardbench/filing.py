@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import guardbench
 from guardbench.board import Area
+from guardbench.commit import running_commit
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import (
     alone_at,
@@ -127,6 +129,29 @@ def require_the_boards_images(checkout: Path, protocol: Protocol, tested: TestSe
         for file in public_records(checkout, area):
             if file.record.protocol == protocol.id and (reason := other_images(tested, file)):
                 raise GuardbenchError(f"--publish: {reason}")
+
+
+def require_known_code(checkout: Path) -> None:
+    """Refuses a public row that could not name the code that made it, before the long part.
+
+    Raises:
+        GuardbenchError: this guardbench is not that of `checkout`, or is not as it was committed.
+    """
+    ran, commit = Path(guardbench.__file__).resolve().parent.parent, running_commit()
+    if ran != checkout.resolve():
+        raise GuardbenchError(
+            f"--publish: the guardbench that runs is that of {ran}, and a public row is made by the one that "
+            f"stands beside it: run python -m pip install -e {checkout} first."
+        )
+    if commit is None or commit.endswith("-dirty"):
+        what = (
+            "git knows no commit of it"
+            if commit is None
+            else "its code or recipes are not committed"
+        )
+        raise GuardbenchError(
+            f"--publish: {checkout}: {what}, and a public row names the commit that made it: commit first."
+        )
 
 
 def checkout_for(protocol: Protocol) -> Path:

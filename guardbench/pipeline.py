@@ -34,6 +34,7 @@ from guardbench.filing import (
     engine_mark,
     file_record,
     own_protocol,
+    require_known_code,
     require_the_boards_images,
 )
 from guardbench.methods import MethodFile, load_method, overridden, set_mark
@@ -334,6 +335,7 @@ def prepare(plan: Plan) -> tuple[RealDataset, RealDataset]:
     if plan.checkout is not None:
         for split in (train, test):
             require_complete(split)
+        require_known_code(plan.checkout)
         require_the_boards_images(plan.checkout, plan.protocol, tested)
     elif not test.complete and plan.protocol.test.sha256 is None:
         plan.task.run.progress.say(

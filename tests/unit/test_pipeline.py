@@ -1,6 +1,7 @@
 """The plan of a run: what it knows of the images that are here."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guardbench import pipeline
+import guardbench
+from guardbench import filing, pipeline
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
-from guardbench.filing import require_the_boards_images
+from guardbench.filing import require_known_code, require_the_boards_images
 from guardbench.pipeline import (
     Plan,
     Settings,
@@ -148,6 +150,24 @@ def test_other_test_images_than_the_public_rows_are_refused_before_the_long_part
     with pytest.raises(GuardbenchError, match=r"--publish: test.list_sha256: other test images"):
         require_the_boards_images(tmp_path, protocol, other)
     require_the_boards_images(tmp_path, SimpleNamespace(id="another"), other)
+
+
+@pytest.mark.parametrize(
+    ("commit", "here", "said"),
+    [
+        (None, True, "git knows no commit"),
+        ("abc-dirty", True, "recipes are not committed"),
+        ("abc", False, "run python -m pip install -e"),
+        ("abc", True, None),
+    ],
+)
+def test_a_public_row_names_the_code_that_made_it(
+    tmp_path, monkeypatch, commit: str | None, here: bool, said: str | None
+) -> None:
+    monkeypatch.setattr(filing, "running_commit", lambda: commit)
+    checkout = Path(guardbench.__file__).parents[1] if here else tmp_path
+    with nullcontext() if said is None else pytest.raises(GuardbenchError, match=said):
+        require_known_code(checkout)
 
 
 def test_another_engine_makes_another_file(imagenette: Path) -> None:
