@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 MEANING: dict[str, str] = {
-    "random-answers": "two answers to the same images differ",
+    "random-answers": 'two answers to the same images differ; run AutoAttack with version = "rand" instead',
     "batch-dependence": "answers depend on the images beside them",
     "probabilities": "the logits are probabilities, whose gradients vanish when they saturate",
-    "zero-gradients": "no gradient of the loss reaches the image",
+    "zero-gradients": "no gradient of the loss reaches the image, or the label's part of it is rounded away",
     "unbounded": "images survive an attack without a bound (eps 1)",
     "restarts": "nine more random starts of PGD break images that one does not",
     "black-box": "attacks that see none of its gradients (Square, SPSA, transfer) beat white-box ones",
