@@ -101,7 +101,10 @@ def private(text: str) -> str:
             word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "KEY")
         ):
             text = text.replace(value, "***")
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # none is known, as in some containers
+        return text
     return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
 
 
@@ -262,6 +265,13 @@ def memory() -> Iterator[Line]:
         yield Line("memory", "green", found)
 
 
+def _is_folder(said: str) -> bool:
+    try:
+        return Path(said).expanduser().is_dir()
+    except RuntimeError:  # of no such user's home
+        return False
+
+
 def data(places: Places) -> Iterator[Line]:
     """Where each dataset is, how large, and what is missing."""
     from guardbench.data.catalog import CATALOG
@@ -273,7 +283,7 @@ def data(places: Places) -> Iterator[Line]:
     lost = {
         name: said
         for name, said in given.items()
-        if said and not said.startswith("hf:") and not Path(said).expanduser().is_dir()
+        if said and not said.startswith("hf:") and not _is_folder(said)
     }
     for name, said in lost.items():
         yield Line(name, "red", f"{said} is no folder", "name the folder that holds the datasets")

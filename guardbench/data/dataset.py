@@ -15,7 +15,7 @@ from guardbench.data.cache import Pixels, cached, find, in_memory
 from guardbench.data.catalog import SPLITS, DatasetInfo, dataset_info
 from guardbench.data.download import download_dataset
 from guardbench.data.files import cache_root
-from guardbench.data.locate import Located, layout_of, locate
+from guardbench.data.locate import layout_of, locate
 from guardbench.data.shards import is_original
 from guardbench.data.source import Source, open_source
 from guardbench.errors import GuardbenchError
@@ -173,19 +173,21 @@ def load_split(
         raise GuardbenchError(
             f"A resolution of {resolution} px is not possible: choose 1 to {_MAX_RESOLUTION}."
         )
-    root = cache_root(cache_dir)
-    located = _on_disk(info, locate(name, data_dir, cache_dir=cache_dir), root, progress)
+    located = locate(name, data_dir, cache_dir=cache_dir)
+    if located.kind == "download":
+        folder = download_dataset(info, located, cache_root(cache_dir), progress)
+        located = replace(located, kind="folder", path=folder, layout=layout_of(info, folder))
     source = open_source(info, located, known)
     if info.embedded:
         entry = in_memory(source, resolution)
-    elif (there := find(source, resolution, root, f"{name}-{split}")) is not None:
-        entry = there
     else:
-        if located.layout == "folders":
+        root = cache_root(cache_dir)
+        found = find(source, resolution, root, f"{name}-{split}")
+        if found is None and located.layout == "folders":
             # Known before the first image is decoded, so told before.
             listed = [item.label for shard in source.open() for item in shard.items()]
             _require_per_class(info, source, listed, per_class)
-        entry = cached(source, resolution, root, f"{name}-{split}", progress)
+        entry = found or cached(source, resolution, root, f"{name}-{split}", progress)
     _require_per_class(info, source, entry.labels, per_class)
     # The folders of Tiny ImageNet, alone without classes of its own, have a level of their own.
     if source.shuffled and not (info.classes and all(is_original(name) for name in entry.ids)):
@@ -200,13 +202,6 @@ def load_split(
         classes=entry.classes,
         digest=entry.digest,
     )
-
-
-def _on_disk(info: DatasetInfo, located: Located, root: Path, progress: Progress) -> Located:
-    if located.kind != "download":
-        return located
-    folder = download_dataset(info, located, root, progress)
-    return replace(located, kind="folder", path=folder, layout=layout_of(info, folder))
 
 
 def _tell_own_names(progress: Progress, what: str, source: Source) -> None:

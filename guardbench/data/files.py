@@ -17,11 +17,32 @@ CACHE_VARIABLE = "GUARDBENCH_CACHE"
 
 
 def cache_root(cache_dir: Path | None) -> Path:
-    """The cache folder: `cache_dir`, else GUARDBENCH_CACHE, else `~/.cache/guardbench`."""
+    """The cache folder: `cache_dir`, else GUARDBENCH_CACHE, else `~/.cache/guardbench`.
+
+    Raises:
+        GuardbenchError: see `at_home`.
+    """
     if cache_dir is not None:
-        return cache_dir.expanduser()
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "guardbench"
+        return at_home(cache_dir, "--cache-dir")
+    named = os.environ.get(CACHE_VARIABLE) or "~/.cache/guardbench"
+    return at_home(Path(named), CACHE_VARIABLE)
+
+
+def at_home(path: Path, setting: str) -> Path:
+    """`path`, its `~` or `~user` replaced by the home folder.
+
+    Args:
+        setting: the option or variable that names it, or that may.
+
+    Raises:
+        GuardbenchError: no home folder is known, as in some containers, or no such user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise GuardbenchError(
+            f"{path}: no such home folder is known here; name a folder by its whole path with {setting}."
+        ) from error
 
 
 def require_space(target: Path, size: int) -> None:

@@ -17,6 +17,7 @@ from guardbench.data.catalog import DatasetInfo, Split
 from guardbench.data.locate import WORDNET_ID
 from guardbench.data.source import Item, Shard, Source, read_image
 from guardbench.errors import GuardbenchError
+from guardbench.fields import printable
 from guardbench.store import read_text
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -162,7 +163,12 @@ def _images_in(where: Path, prefix: str, label: int) -> list[_File]:
             if entry.name.startswith(".") or not entry.name.lower().endswith(EXTENSIONS):
                 continue
             try:
+                entry.name.encode()
                 state = entry.stat()
+            except UnicodeEncodeError as error:
+                raise GuardbenchError(
+                    f"{printable(entry.path)}: the name is not UTF-8; rename the file."
+                ) from error
             except FileNotFoundError as error:
                 raise GuardbenchError(
                     f"{entry.path}: the image is missing (a link to nothing); restore or remove it."

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from guardbench.data.catalog import CATALOG, DatasetInfo, dataset_info
-from guardbench.data.files import cache_root
+from guardbench.data.files import at_home, cache_root
 from guardbench.data.shard_files import HUB, shard_layout
 from guardbench.errors import GuardbenchError
 
@@ -141,10 +141,10 @@ def _hub_address(data_dir: Path | None) -> str | None:
 
 def _named_places(data_dir: Path | None) -> Iterator[_Place]:
     if data_dir is not None:
-        yield _existing(data_dir.expanduser(), "--data-dir")
+        yield _existing(at_home(data_dir, "--data-dir"), "--data-dir")
     named = os.environ.get(DATA_VARIABLE)
     if named and not named.startswith("hf:"):
-        yield _existing(Path(named).expanduser(), DATA_VARIABLE)
+        yield _existing(at_home(Path(named), DATA_VARIABLE), DATA_VARIABLE)
 
 
 def _existing(folder: Path, setting: str) -> _Place:

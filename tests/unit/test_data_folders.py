@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def test_images_come_by_class_and_then_by_name(tmp_path: Path) -> None:
     # The PNG of class 3 is exactly its colour, so label, id and pixels belong together.
     assert data.images[7][:, 4, 4].tolist() == [30, 60, 225]
     assert not data.complete
+
+
+def test_a_name_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    tench = imagenette(tmp_path) / "imagenette" / "train" / "n01440764"
+    shutil.copy(tench / "b.png", os.fsdecode(os.fsencode(tench) + b"/caf\xe9.png"))
+    with pytest.raises(GuardbenchError, match=r"caf\\udce9\.png: the name is not UTF-8; rename"):
+        load(tmp_path)
 
 
 def test_odd_but_valid_files(tmp_path: Path) -> None:

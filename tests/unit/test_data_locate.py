@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pwd
 from pathlib import Path
 
 import pytest
 
 from guardbench.data.catalog import dataset_info
+from guardbench.data.dataset import load_split
 from guardbench.data.locate import locate
 from guardbench.errors import GuardbenchError
+from guardbench.progress import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +159,23 @@ def test_empty_and_misnamed_data_folders(tmp_path: Path) -> None:
     said = one_line("imagenette", tmp_path / "hollow")
     assert "train/" in said
     assert str(tmp_path / "hollow" / "imagenette") in said
+
+
+def test_a_home_that_is_not_known_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    """`~name` of nobody, in quotes or from a variable; and containers without HOME or passwd entry."""
+    nobody = "~no-such-user-of-guardbench/data"
+    with pytest.raises(GuardbenchError, match=f"^{nobody}: no such home .* with --data-dir"):
+        locate("imagenette", Path(nobody), cache_dir=tmp_path)
+    monkeypatch.setenv("GUARDBENCH_DATA", nobody)
+    with pytest.raises(GuardbenchError, match=f"^{nobody}: no such home .* with GUARDBENCH_DATA"):
+        locate("imagenette", None, cache_dir=tmp_path)
+    monkeypatch.delenv("GUARDBENCH_DATA")
+    monkeypatch.delenv("GUARDBENCH_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    with pytest.raises(GuardbenchError, match=r"no such home .* with GUARDBENCH_CACHE"):
+        locate("imagenette", None, cache_dir=None)
+    digits = load_split(
+        "digits", "train", resolution=8, data_dir=None, cache_dir=None, progress=Progress()
+    )
+    assert len(digits), "they need neither data nor cache"
