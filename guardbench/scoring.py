@@ -232,6 +232,14 @@ def _shown(bar: Stage, count: int, sure: int) -> Tell:
     )
 
 
+def _same(state: Mapping[str, Any], right: Tensor) -> bool:
+    """Whether a checkpoint counts among the images that are `right` now, bool [N].
+
+    Verdicts that an attack builds on may have been deleted and made anew, with others on another device.
+    """
+    return "right" in state and torch.equal(state["right"], right)
+
+
 def _attack(
     run: Run,
     protocol: Protocol,
@@ -262,19 +270,21 @@ def _attack(
     untouched = run_by(attack) == "reference"
     state = folder.begin(run.device)
     decided = 0  # how many of those that are right have their verdict, in order
-    if state is not None and "decided" in state:
+    if state is not None and _same(state, right):
         decided, robust, distance = int(state["decided"]), state["robust"], state["distance"]
+    elif state is not None:
+        folder.say(f"{folder.name}: the images that it attacks are others now, so it begins anew")
     processes = run.processes
     # Of several processes, each is at another place of its own streams.
     kept = (state or {}) if processes.main else folder.own()
-    streams = kept["streams"] if kept.get("decided") == decided else []
+    streams = kept["streams"] if _same(kept, right) and kept["decided"] == decided else []
 
     def keep(decided: int, streams: list[dict[str, Any]]) -> None:
         whole = {"robust": robust, "distance": distance}
-        folder.checkpoint({"decided": decided, "streams": streams, **whole})
+        folder.checkpoint({"right": right, "decided": decided, "streams": streams, **whole})
 
     def keep_own(decided: int, streams: list[dict[str, Any]]) -> None:
-        folder.checkpoint_own({"decided": decided, "streams": streams})
+        folder.checkpoint_own({"right": right, "decided": decided, "streams": streams})
 
     named = derive_seed(plan.seed, "attack", spec.name)
     # Planned anew from the first undecided image: on another device a batch may be of another size.

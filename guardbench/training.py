@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from guardbench import canonical
 from guardbench.distilled import DistilledDataset
 from guardbench.distillers.base import PlannedStage
 from guardbench.labels import INDEX, LabelStore
@@ -210,13 +211,15 @@ def _train(
 ) -> None:
     """Trains the students of the seeds of `folders`, one on each process, and keeps their weights."""
     states = [folder.begin(run.device) for folder in folders.values()]
+    epochs = None if store is None else run.processes.from_main(store.digests)
+    labels = None if epochs is None else canonical.digest(epochs)
     mine = dict(enumerate(folders)).get(run.processes.rank)
     own = None
     if mine is not None:
         model = models[mine].to(run.device)
-        own = _Training(run, distilled, student, mine, folders[mine].name, model)
+        own = _Training(run, distilled, student, mine, folders[mine], model, labels)
         own.resume(states[run.processes.rank])
-    _train_side_by_side(run, student, [*folders.values()], own, store)
+    _train_side_by_side(run, student, [*folders.values()], own, store, epochs or [])
     trained = run.processes.collect(None if own is None else own.weights())
     for (seed, folder), weights in zip(folders.items(), trained, strict=False):
         models[seed].load_state_dict(weights or {})
@@ -230,15 +233,19 @@ def _train_side_by_side(
     folders: Sequence[StageFolder],
     own: _Training | None,
     store: LabelStore | None,
+    digests: Sequence[str],
 ) -> None:
-    """Runs all epochs of the students of `folders`, of which this process trains its `own`, if any."""
+    """Runs all epochs of the students of `folders`, of which this process trains its `own`, if any.
+
+    Args:
+        digests: of the epochs of `store`.
+    """
     name = ", ".join(folder.name for folder in folders)
     begun = run.processes.collect(student.epochs if own is None else own.epoch)
-    digests = None if store is None else run.processes.from_main(store.digests)
     with run.progress.stage(name, student.epochs, "epochs", min(begun)) as bar:
         for epoch in range(min(begun), student.epochs):
             logits = None
-            if store is not None and digests is not None:
+            if store is not None:
                 logits = run.processes.from_main(partial(store.read, epoch, digests[epoch]))
             if own is not None and own.epoch == epoch:
                 own.run_epoch(logits)
@@ -254,7 +261,11 @@ def _train_side_by_side(
 
 
 class _Training:
-    """One student on its way."""
+    """One student on its way.
+
+    Args:
+        labels: digest of the teacher's, None where none labels.
+    """
 
     def __init__(
         self,
@@ -262,19 +273,22 @@ class _Training:
         distilled: DistilledDataset,
         student: Student,
         seed: int,
-        name: str,
+        folder: StageFolder,
         model: Classifier,
+        labels: str | None,
     ) -> None:
         self.run, self.distilled, self.student = run, distilled, student
-        self.seed, self.name, self.model = seed, name, model
+        self.seed, self.folder, self.model, self.labels = seed, folder, model, labels
         self.optimizer, self.scaler = _optimizer(model, student), run.scaler()
         self.images = placed(distilled.images, run.device)
         self.loss_of = _loss(distilled, student, run.device)
         self.epoch, self.loss = 0, 0.0
 
     def resume(self, state: dict[str, Any] | None) -> None:
-        """Goes on from what `state` gave to an earlier run."""
-        if state is not None:
+        """Goes on from what `state` gave to an earlier run, if its labels were the same."""
+        if state is not None and state.get("labels") != self.labels:
+            self.folder.say(f"{self.folder.name}: its labels are others now, so it begins anew")
+        elif state is not None:
             self.epoch = int(state["epoch"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -284,6 +298,7 @@ class _Training:
         """For a checkpoint."""
         return {
             "epoch": self.epoch,
+            "labels": self.labels,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -310,7 +325,7 @@ class _Training:
             loss = self.loss_of(out.float(), view, rows)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.loss = check_finite(
-                loss, f"{self.name}, epoch {epoch + 1}", "lower student.lr in the protocol"
+                loss, f"{self.folder.name}, epoch {epoch + 1}", "lower student.lr in the protocol"
             )
             self.scaler.step(self.optimizer)
             self.scaler.update()

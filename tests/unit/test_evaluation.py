@@ -469,3 +469,40 @@ def test_what_was_found_on_other_images_is_not_taken_over(tmp_path) -> None:
     assert small_protocol(20).test.sha256 is small_protocol(40).test.sha256 is None
     of_all = [a == b for a, b in zip(*keys, strict=True)]
     assert not any(of_all[:-1]), "clean, checks, and attacks on all images"
+
+
+def test_an_unfinished_attack_begins_anew_where_a_clean_verdict_is_another_now(
+    evaluated, monkeypatch, tmp_path
+) -> None:
+    """The clean pass was deleted and made again on a device that rounds otherwise."""
+    go, calls, *_ = evaluated
+    counted, verdicts = scoring.run_batch, scoring.clean_verdicts
+    monkeypatch.setattr(scoring, "images_at_a_time", lambda *_: 8)
+    monkeypatch.setattr("guardbench.stages.CHECKPOINT_EVERY_S", -1.0)
+
+    def dies(*args, **kwargs):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return counted(*args, **kwargs)
+
+    def others(*args):
+        right = verdicts(*args)
+        right[1] = False  # one of those that have their verdict
+        return right
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "run_batch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            go()
+    for path in tmp_path.glob("attacks/*/stage.json"):
+        if '"clean 0"' in path.read_text():
+            shutil.rmtree(path.parent)
+    monkeypatch.setattr(scoring, "clean_verdicts", others)
+    calls.clear()
+    resumed, _ = go()
+    assert calls[:5] == [8, 8, 8, 8, 7]
+    shutil.rmtree(tmp_path)
+    unbroken, _ = go()
+    for one, other in zip(resumed, unbroken, strict=True):
+        assert (one.clean, one.attacks) == (other.clean, other.attacks)
+    assert not resumed[0].clean.flags()[1]

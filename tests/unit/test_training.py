@@ -256,6 +256,30 @@ def test_a_student_learns_from_every_kind_of_label(tmp_path, kind: str) -> None:
     assert (model(images).argmax(1) == truth).float().mean() > 0.9
 
 
+def test_a_student_of_sgd_is_that_of_a_plain_loop(tmp_path) -> None:
+    """Two epochs of one step on all images as they are, the second at a tenth of the learning rate."""
+    run = make_run(tmp_path)
+    student = make_student(
+        optimizer="sgd", schedule="half", epochs=2, batch_size=20, lr=0.1, momentum=0.8,
+        weight_decay=0.05, crop_scale=(1.0, 1.0), cutmix=0.0, flip=False,
+    )  # fmt: skip
+    made = make_set(tmp_path, "hard")
+    seed = run.generator("student", "init", 4).initial_seed()
+    model = build_model(student.arch, channels=1, classes=10, resolution=8, seed=seed).train()
+    velocity = [torch.zeros_like(weight) for weight in model.parameters()]
+    for lr in (0.1, 0.01):
+        loss = torch.nn.functional.cross_entropy(model(made.images), made.hard)
+        slopes = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for weight, slope, before in zip(model.parameters(), slopes, velocity, strict=True):
+                before.mul_(0.8).add_(slope + 0.05 * weight)
+                weight -= lr * before
+    stage = plan_student(run, "k", student, 20, 4)
+    (found,) = train_students(run, made, student, {4: stage}, None)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=2e-5, msg=name)
+
+
 def test_seeds_differ_and_a_finished_student_is_read_back(tmp_path) -> None:
     run, student = make_run(tmp_path), make_student()
     made = make_set(tmp_path, "hard")
@@ -390,3 +414,29 @@ def test_labels_without_the_checkpoint_that_says_whose_they_are_are_made_anew(tm
     store.write(0, torch.zeros(20, 10))  # whole, and of whatever set
     relabel(run, made, student, labels, made.digest)
     assert store.read(0, store.digests()[0]).any()
+
+
+def test_an_unfinished_student_begins_anew_where_its_labels_are_others_now(
+    tmp_path, killed_at, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were deleted and made again on a device that rounds otherwise; what is finished stands."""
+    made, student, real = make_set(tmp_path, "teacher"), make_student(), training.label_epoch
+    run = make_run(tmp_path / "broken")
+    labels, stages = (
+        plan_relabel(run, "k", student, 20),
+        [plan_student(run, "k", student, 20, seed) for seed in (0, 1)],
+    )
+    relabel(run, made, student, labels)
+    (finished,) = train_students(run, made, student, {1: stages[1]}, labels)
+    killed_at(2, lambda: train_students(run, made, student, {0: stages[0]}, labels))
+    shutil.rmtree(labels.folder.path)
+    monkeypatch.setattr(training, "label_epoch", lambda *words: real(*words) / 2)
+    found = []
+    for where in (run, make_run(tmp_path / "unbroken")):
+        labels = plan_relabel(where, "k", student, 20)
+        relabel(where, made, student, labels)
+        stage = plan_student(where, "k", student, 20, 0)
+        found.append(train_students(where, made, student, {0: stage}, labels)[0](made.images))
+    assert torch.equal(*found)
+    (again,) = train_students(run, made, student, {1: stages[1]}, labels)
+    assert torch.equal(again(made.images), finished(made.images))
