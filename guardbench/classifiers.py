@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from guardbench import canonical
-from guardbench.attacks.robustbench import zoo_model
+from guardbench.attacks.robustbench import unlike_table, zoo_model
 from guardbench.attacks.stream import Fitting
 from guardbench.data.catalog import dataset_info
 from guardbench.data.files import cache_root
@@ -185,5 +185,5 @@ def from_zoo(model_name: str, *, dataset: str, norm: str, folder: Path, name: st
         arch=f"robustbench:{model_name}",
         sha=canonical.file_digest(path) if path.is_file() else None,
         weights=f"RobustBench's zoo, {dataset} {norm}",
-        said="the model's own",
+        said="; ".join(filter(None, ["the model's own", unlike_table(model_name, dataset, norm)])),
     )

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +32,7 @@ from guardbench.records import ClassifierRecord, Engine, Outcome
 from guardbench.threat import ThreatModel
 
 NORMS = {"linf": "Linf", "l2": "L2"}
+DATASETS = ("cifar10", "cifar100", "imagenet")
 SEVERITIES = 5
 
 
@@ -98,14 +98,14 @@ def zoo_model(name: str, dataset: str, norm: str, folder: Path) -> tuple[nn.Modu
         GuardbenchError: the zoo has no such model, or its weights cannot be had or read.
     """
     package = robustbench()
-    known = {each.value: each for each in package.model_zoo.enums.BenchmarkDataset}
-    if dataset not in known or norm not in NORMS:
+    models = _zoo(dataset, norm)
+    if not models:
+        known = [f"{d} in {n}" for d in DATASETS for n in NORMS if _zoo(d, n)]
         raise GuardbenchError(
-            f"--arch robustbench:{name}: RobustBench has models for {', '.join(known)} in linf and l2, "
-            f"not for {dataset} in {norm}."
+            f"--arch robustbench:{name}: RobustBench has models for {', '.join(known)}, not for {dataset} "
+            f"in {norm}."
         )
     threat = package.model_zoo.enums.ThreatModel(NORMS[norm])
-    models = package.utils.all_models[known[dataset]][threat]
     if name not in models:
         raise unknown("model of RobustBench", name, list(models))
     path = folder / dataset / NORMS[norm] / f"{name}.pt"
@@ -122,6 +122,27 @@ def zoo_model(name: str, dataset: str, norm: str, folder: Path) -> tuple[nn.Modu
             f"{brief(error)}); put the file of RobustBench's zoo at {path}, or delete a broken one there."
         ) from error
     return found, path
+
+
+def _zoo(dataset: str, norm: str) -> dict[str, Any]:
+    """Every model of the zoo by name, with how it is made; none where the zoo has no such part."""
+    if dataset not in DATASETS or norm not in NORMS:
+        return {}
+    package = robustbench()
+    parts = package.utils.all_models[package.model_zoo.enums.BenchmarkDataset(dataset)]
+    return dict(parts.get(package.model_zoo.enums.ThreatModel(NORMS[norm]), {}))
+
+
+def unlike_table(name: str, dataset: str, norm: str) -> str | None:
+    """Why a zoo model's numbers here are not those of RobustBench's table, in a line; None where they are.
+
+    On ImageNet it prepares images by model (`robustbench.data.get_preprocessing`: most are resized to 256
+    before the crop, some bicubically, one is 288 px), where the images here are the protocol's.
+    """
+    if dataset != "imagenet":
+        return None
+    theirs = _zoo(dataset, norm)[name].get("preprocessing", "timm's preprocessing")
+    return f"images resized and cropped by the protocol, where RobustBench's table has {theirs}"
 
 
 def _say(holder: str) -> None:
@@ -241,24 +262,25 @@ def _array(path: Path, axes: int) -> Any:
     return found
 
 
+_UNKNOWN = {"name": "", "authors": "", "link": "", "venue": "", "reported": ""}
+"""Fields that RobustBench's readers ask for, and only the authors know."""
+
 _ENGINES: dict[Engine, str] = {"guardbench": "guardbench's loops", "reference": "pyautoattack"}
 
 
-def model_info(
-    record: ClassifierRecord, attack: str, eps: Fraction, **more: object
-) -> dict[str, Any]:
+def model_info(record: ClassifierRecord, attack: str, eps: str, **more: object) -> dict[str, Any]:
     """A record as RobustBench's model-info JSON.
 
     Args:
         attack: the record's column with AutoAttack standard.
-        eps: of the protocol.
+        eps: in the protocol's own words, such as `8/255`.
         more: fields that only the authors know: `name` (of the paper), `authors`, `link`, `venue`,
-            `additional_data`, `reported`.
+            `additional_data`, `reported`; None where they do not say.
 
     Returns:
-        The fields that are known; accuracies in percent with two decimals, as text, on the images that
-        AutoAttack saw. `footnote` says how many, where the test set has more, whose loops ran AutoAttack, and
-        the checks that doubt the number.
+        What RobustBench's readers ask for, `""` (`additional_data`: None) where it is not known; accuracies
+        in percent with two decimals, as text, on the images that AutoAttack saw. `footnote` says how many,
+        where the test set has more, whose loops ran AutoAttack, and the checks that doubt the number.
     """
     (seed,) = record.seeds
     if attack not in seed.attacks:
@@ -276,10 +298,11 @@ def model_info(
         dataset=record.dataset,
         architecture=record.classifier.arch,
         number_forward_passes=1,
-        eps=str(eps),
+        eps=eps,
         clean_acc=f"{100 * clean.correct / clean.total:.2f}",
         autoattack_acc=f"{100 * robust.correct / robust.total:.2f}",
         footnote=" ".join(notes) or None,
-        **more,
+        **{**_UNKNOWN, **{key: value for key, value in more.items() if value is not None}},
     )
-    return {key: value for key, value in vars(info).items() if value is not None}
+    # Readers look into `additional_data` without asking whether it is there.
+    return {k: v for k, v in vars(info).items() if v is not None or k == "additional_data"}

@@ -54,7 +54,7 @@ def benchmark(
     from rich.console import Console
 
     from guardbench.attacks.robustbench import benchmark as run_benchmark
-    from guardbench.attacks.robustbench import require_robustbench
+    from guardbench.attacks.robustbench import require_robustbench, unlike_table
     from guardbench.classifiers import Source, open_classifier
     from guardbench.data.dataset import load_split
     from guardbench.devices import make_accelerator
@@ -68,6 +68,8 @@ def benchmark(
     where = make_accelerator(device, "fp32", chosen.resolution).device
     model = open_classifier(source, chosen, where, cache_dir).model
     console = Console(emoji=False)
+    if source.zoo and (said := unlike_table(source.zoo, chosen.dataset, chosen.threat.norm)):
+        console.print(f"{source.zoo}: {said}", highlight=False)
     test = load_split(
         chosen.dataset, "val", resolution=chosen.resolution, data_dir=data_dir,
         cache_dir=cache_dir, progress=Progress(console), per_class=1,
@@ -179,8 +181,12 @@ def export(
     extra_data: Annotated[
         bool | None, typer.Option(help="Whether it was trained on more data.", show_default=False)
     ] = None,
+    reported: Annotated[
+        float | None,
+        typer.Option(help="Robust accuracy in the paper, %.", min=0, max=100, show_default=False),
+    ] = None,
 ) -> None:
-    """Print a classifier's record as RobustBench's model-info JSON.
+    """Print a classifier's record as RobustBench's model-info JSON; what is not said stays empty there.
 
     Example: guardbench robustbench export guardbench-runs/classifiers/cifar10-8/mine-seed0.json > mine.json
     """
@@ -211,7 +217,7 @@ def export(
             "or l2; --protocol names the file of one of your own."
         )
     words = model_info(
-        found, column, protocol.threat.model.eps, name=paper, authors=authors, link=link,
-        venue=venue, additional_data=extra_data,
+        found, column, protocol.threat.eps, name=paper, authors=authors, link=link, venue=venue,
+        additional_data=extra_data, reported=None if reported is None else f"{reported:.2f}",
     )  # fmt: skip
     typer.echo(json.dumps(words, indent=2))
