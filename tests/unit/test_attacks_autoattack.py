@@ -5,16 +5,26 @@ from __future__ import annotations
 import logging
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pyautoattack
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+import guardbench
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import run_verified
 from guardbench.attacks.square import Square
+from guardbench.cli import app
+from guardbench.data.dataset import load_split
 from guardbench.errors import GuardbenchError
+from guardbench.progress import Progress
+from guardbench.protocol import load_protocol
+from guardbench.record_files import load_any_record
 from guardbench.threat import Norm, ThreatModel
 
 LINF = ThreatModel("linf", Fraction(1, 40))
@@ -264,6 +274,126 @@ def test_square_can_be_left_out(version, monkeypatch):
     attack.perturb(model, x, y, seed=0)
     assert "square" not in ran
     assert ran[0] == "apgd-ce"
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("standard", ["apgd ce, 1 x 1", "apgd-t", "fab-t, 1", "square"]),
+        ("plus", ["apgd ce, 5 x 1", "apgd dlr, 5 x 1", "fab, 5", "square", "apgd-t", "fab-t, 1"]),
+        ("rand", ["apgd ce, 1 x 20", "apgd dlr, 1 x 20"]),
+    ],
+)
+def test_each_version_runs_its_parts_on_what_is_left(version, expected, norm, monkeypatch):
+    """Croce & Hein's README: `rand` with 20 gradients a step, `plus` with 5 restarts and untargeted parts."""
+    ran: list[str] = []
+
+    def listen(self, x, _):
+        assert len(x) == 3, "each part gets every image that no part has broken"
+        ran.append(
+            words[type(self).__name__].format(self, "-t" if getattr(self, "targeted", 0) else "")
+        )
+        return x.clone()
+
+    words = {
+        "APGDAttack": "apgd {0.loss}, {0.n_restarts} x {0.eot_iter}",
+        "APGDAttack_targeted": "apgd-t",
+        "FABAttack_PT": "fab{1}, {0.n_restarts}",
+        "SquareAttack": "square",
+    }
+    for part in words:
+        monkeypatch.setattr(getattr(pyautoattack.autoattack, part), "perturb", listen)
+    model = network()
+    attack = AutoAttack(threat=ThreatModel(norm, LINF.eps), version=version, engine="reference")
+    x, y = images(model, 3, size=8)
+    assert torch.equal(attack.perturb(model, x, y, seed=0), x)
+    assert ran == expected
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("engine", ["guardbench", "reference"])
+def test_a_model_that_answers_nan_at_adversarial_images_alone_is_one_clear_line(engine):
+    """It is right on whole 255ths, as test images are, and NaN off them: no verdict, however it ends."""
+
+    class Cracked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            off = ((255 * x).round() - 255 * x).abs().flatten(1).amax(1) > 1e-3
+            return torch.where(off[:, None], torch.nan, self.network(x))
+
+    model = Cracked().eval()
+    x = (255 * images(model.network, 6, size=8)[0]).round() / 255
+    y = model(x).argmax(1)
+    assert model(x).isfinite().all()
+    attack = AutoAttack(threat=LINF, engine=engine)
+    with pytest.raises(GuardbenchError, match=r"answers NaN at an image that AutoAttack") as error:
+        run_verified(attack, model, x, y, seed=0)
+    assert "\n" not in str(error.value)
+
+
+def linear_digits() -> nn.Module:
+    """Logistic regression of scikit-learn."""
+    digits = load_digits()
+    pixels, labels = digits.images[:900].reshape(900, -1) / 16, digits.target[:900]
+    fitted = LogisticRegression(C=0.05, max_iter=300).fit(pixels, labels)
+    layer = nn.Linear(64, 10)
+    layer.weight.data = torch.tensor(fitted.coef_, dtype=torch.float32)
+    layer.bias.data = torch.tensor(fitted.intercept_, dtype=torch.float32)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize(
+    ("norm", "eps", "asked"),
+    [("linf", "16/255", "reference"), ("l2", "0.4", "guardbench"), ("l1", "1.5", "guardbench")],
+)
+def test_a_record_says_that_pyautoattack_ran(norm, eps, asked, tmp_path, monkeypatch):
+    """`guardbench evaluate` from the words to the file; each image's own distance bounds the verdict."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(guardbench.__file__).parent / "protocols" / "digits.toml").read_text()
+    head, column = text.partition("[[attacks]]")[0], text.rpartition("[[attacks]]")[2]
+    square = '[[attacks]]\nname = "square"\nkind = "square"\nparams = { queries = 50 }\n\n'
+    text = f"{head}{square}[[attacks]]{column}"
+    for old, new in {
+        'id = "digits"': 'id = "quick"',
+        'norm = "linf"\neps = "16/255"': f'norm = "{norm}"\neps = "{eps}"',
+        "count = 300": "count = 10",
+        'sha256 = "': '# sha256 = "',
+        "images_per_seed = 100\n": "",
+        "seeds = [0, 1, 2]": "seeds = [0]",
+    }.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    (tmp_path / "quick.toml").write_text(text)
+    words = ["evaluate", "--protocol", "quick.toml", "--python", f"{__name__}:linear_digits"]
+    result = CliRunner().invoke(app, [*words, "--name", "lr", "--engine", asked])
+    assert result.exit_code == 0, result.output
+    (path,) = (tmp_path / "guardbench-runs" / "classifiers").rglob("*.json")
+    record = load_any_record(path)
+    assert record.provenance.engines == {"square": "reference", "autoattack": "reference"}
+    (seed,) = record.seeds
+    # An image can only be broken where the nearest boundary, [0, 1] or not, lies in the ball.
+    protocol, model = load_protocol("quick.toml"), linear_digits()
+    test = load_split(
+        "digits", "val", resolution=8, data_dir=None, cache_dir=None, progress=Progress()
+    )
+    order = protocol.test_indices(test.ids)
+    with torch.no_grad():
+        y, logits, weight = test.labels[order], model(test.batch(order)), model[1].weight
+    apart = weight[y][:, None] - weight[None]
+    dual = {"linf": 1, "l2": 2, "l1": torch.inf}[norm]
+    gaps = (logits.gather(1, y[:, None]) - logits) / torch.linalg.vector_norm(apart, dual, dim=2)
+    distance = gaps.scatter(1, y[:, None], torch.inf).amin(1)
+    assert seed.clean.flags() == (distance > 0).tolist()
+    found = torch.tensor(seed.attacks["autoattack"].flags())
+    far = distance > float(protocol.threat.model.eps)
+    assert found[far].all()
+    assert far.sum() <= found.sum() < seed.clean.correct
+    assert seed.attacks["square"].correct >= found.sum()
 
 
 @pytest.mark.usefixtures("_quick")
