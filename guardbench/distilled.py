@@ -278,17 +278,24 @@ def readable_classes(dataset: str, classes: tuple[str, ...]) -> tuple[str, ...]:
 def save_preview(
     path: Path, images: Tensor, hard: Tensor, classes: tuple[str, ...], most: int = 10
 ) -> None:
-    """Draws a PNG grid: one row a class (at most 20), at most `most` images a row."""
-    columns = min(most, int((hard == 0).sum()))
-    rows = min(len(classes), 20)
+    """Draws a PNG grid: one row a class (at most 20), at most `most` images a row.
+
+    Below it stands what is left out.
+    """
+    ipc = int((hard == 0).sum())
+    columns, rows = min(most, ipc), min(len(classes), 20)
+    shown = ((rows, len(classes), "classes"), (columns, ipc, "images a class"))
+    note = ", ".join(f"{some} of {count} {what}" for some, count, what in shown if some < count)
     margin = 0.2 + 0.085 * max(len(name) for name in classes[:rows])  # inches for the names
     width = columns + margin
-    figure = new_figure(figsize=(width, rows), dpi=max(64, min(224, images.shape[-1])))
+    height = rows + (0.3 if note else 0)
+    figure = new_figure(figsize=(width, height), dpi=max(64, min(224, images.shape[-1])))
     grid = figure.subplots(
         rows, columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03}
     )
     figure.subplots_adjust(left=margin / width, right=0.995)
-    figure.subplots_adjust(top=0.995, bottom=0.005)
+    figure.subplots_adjust(top=0.995, bottom=0.005 + (height - rows) / height)
+    figure.text(margin / width, 0.09 / height, note, fontsize=9)
     for row in range(rows):
         for column, index in enumerate(torch.nonzero(hard == row).flatten()[:columns].tolist()):
             axes = grid[row][column]
