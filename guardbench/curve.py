@@ -30,21 +30,24 @@ from guardbench.threat import Norm, ThreatModel
 
 SHARES = ("1/4", "1/2", "3/4", "1", "3/2", "2", "3", "4", "6", "8", "16", "32")
 """Radii of a curve, unless told, in radii of the protocol; in l-inf none over 1, where every image is any
-other."""
+other, and 1 last."""
 STEPS = 40
 FARTHEST = 1000
 """The largest radius that a curve may have."""
 
 
 def rising_radii(text: str | None, threat: ThreatModel) -> tuple[Fraction, ...]:
-    """The radii that `text` lists, such as `0.5/255,1/255`; by default `SHARES` of the protocol's.
+    """The radii that `text` lists, such as `0.5/255,1/255`; by default `SHARES` of the protocol's,
+    and 1 in l-inf.
 
     Raises:
         GuardbenchError: they are not positive and rising.
     """
     if text is None:
         wanted = [Fraction(share) * threat.eps for share in SHARES]
-        return tuple(eps for eps in wanted if eps <= 1 or threat.norm != "linf")
+        if threat.norm == "linf":
+            wanted = [*(eps for eps in wanted if eps < 1), Fraction(1)]
+        return tuple(wanted)
     try:
         radii = tuple(parse_fraction(part) for part in text.split(","))
     except ValueError as error:
@@ -202,6 +205,29 @@ def points_of(found: Tensor, radii: Sequence[Fraction]) -> tuple[Point, ...]:
     )
 
 
+def above_chance(points: Sequence[Point], total: int, classes: int, norm: Norm) -> tuple[str, ...]:
+    """The flag of a curve that does not fall: at its last radius clearly more than 1 in `classes` is right.
+
+    An attack without a bound that does not break every image was misled (Athalye et al., ICML 2018,
+    arXiv:1802.00420, section 3.1), and counts that never rise would draw that as a line. Clearly: the 95%
+    Wilson interval lies above chance.
+
+    Returns:
+        One line, or none.
+    """
+    last, chance = points[-1], 100 / classes
+    if wilson(last.correct / total, total)[0] <= chance:
+        return ()
+    # From one half on, every image can be made plain grey.
+    grey = norm == "linf" and Fraction(last.eps) >= Fraction(1, 2)
+    why = "the gradients mislead PGD" + ("" if grey else ", or the radii end too early")
+    radius = f"{in_255ths(Fraction(last.eps))}/255" if norm == "linf" else last.eps
+    return (
+        f"above-chance: {100 * last.correct / total:.1f}% right at the largest radius, {radius} (chance "
+        f"{chance:.1f}%): {why}",
+    )
+
+
 def require_alike(curves: Sequence[tuple[Path, Curve]], words: dict[str, object]) -> None:
     """Refuses curves that do not belong into one figure with a curve of these fields.
 
@@ -217,7 +243,10 @@ def require_alike(curves: Sequence[tuple[Path, Curve]], words: dict[str, object]
 
 
 def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
-    """Draws curves into a PNG, each with its 95% Wilson band; `require_alike` says which belong together."""
+    """Draws curves into a PNG, each with its 95% Wilson band, and says which are flagged.
+
+    `require_alike` says which belong together.
+    """
     first = curves[0]
     figure = new_figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -227,8 +256,9 @@ def draw_curves(path: Path, curves: Sequence[Curve]) -> None:
         shares = [point.correct / curve.total for point in curve.points]
         bands = [wilson(share, curve.total) for share in shares]
         (line,) = axes.plot(
-            radii, [100 * s for s in shares], marker="o", markersize=3.5, label=curve.classifier
-        )
+            radii, [100 * s for s in shares], marker="o", markersize=3.5,
+            label=curve.classifier + (" (flagged: ends above chance)" if curve.flags else ""),
+        )  # fmt: skip
         low, high = zip(*bands, strict=True)
         axes.fill_between(radii, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         told = in_255ths if first.norm == "linf" else lambda eps: f"{float(eps):g}"

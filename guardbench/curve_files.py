@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from guardbench import canonical, json_files
 from guardbench.fields import Line, Name, Sha256, Strict, only_const
+from guardbench.migrations import Migration, migrate
 from guardbench.store import read_text, write_text
 from guardbench.threat import Norm
 
@@ -41,9 +41,10 @@ class Curve(Strict):
         steps: of PGD at each radius.
         total: images.
         points: by rising radius, clean first; never rising.
+        flags: why the curve should not be believed as it stands (`curve.above_chance`).
     """
 
-    schema_version: Literal[1] = Field(default=1, json_schema_extra=only_const)
+    schema_version: Literal[2] = Field(default=2, json_schema_extra=only_const)
     classifier: Name
     weights_sha256: Sha256 | None
     protocol: Name
@@ -52,6 +53,7 @@ class Curve(Strict):
     steps: int = Field(ge=1)
     total: int = Field(ge=1)
     points: tuple[Point, ...] = Field(min_length=2, max_length=MOST + 1)
+    flags: tuple[Line, ...] = Field(default=(), max_length=8)
     guardbench: Line
     device: Line
 
@@ -66,20 +68,29 @@ class Curve(Strict):
         return self
 
 
+def _to_2(words: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 holds flags; before it nobody looked."""
+    return {**words, "flags": []}
+
+
+# Version 1 to 2, and so on; see `migrations`.
+_MIGRATIONS: tuple[Migration, ...] = (_to_2,)
+
+
 def save_curve(path: Path, curve: Curve) -> None:
     """Writes a curve as canonical JSON."""
     write_text(path, canonical.dumps(curve.model_dump(mode="json")))
 
 
 def load_curve(path: Path) -> Curve:
-    """Reads and checks a curve.
+    """Reads and checks a curve of any version.
 
     Raises:
         GuardbenchError: it cannot be read, or a field is wrong.
     """
     return json_files.parse(
         read_text(path, what="curve", limit=1 << 20),
-        partial(json_files.strictly, Curve),
+        lambda words: json_files.strictly(Curve, migrate(words, _MIGRATIONS)),
         where=str(path),
         what="curve of `guardbench curve`",
         remedy="Measure it again, or remove it.",

@@ -27,7 +27,7 @@ def curve(
         str | None,
         typer.Option(
             help="Rising, such as 0.5/255,1/255,2/255; by default from a quarter to 32 times the "
-            "protocol's.",
+            "protocol's, and 1 in linf.",
             show_default=False,
         ),
     ] = None,
@@ -53,8 +53,9 @@ def curve(
     """Attack a classifier at rising radii and draw its security curve.
 
     PGD goes on from one radius to the next with the images that are left. The curve shows how accuracy
-    falls, and whether it falls to nothing, as it must; the number for a comparison is AutoAttack's, by
-    `guardbench evaluate`. A killed curve goes on when the same command is given again.
+    falls, and whether it falls to nothing, as it must: one that ends above chance is flagged. The number
+    for a comparison is AutoAttack's, by `guardbench evaluate`. A killed curve goes on when the same command
+    is given again.
 
     Example: guardbench curve --protocol digits --weights guard.safetensors --arch convnet-d3-bn-small
     """
@@ -67,6 +68,7 @@ def curve(
     from guardbench.classifiers import Source, open_classifier
     from guardbench.curve import (
         STEPS,
+        above_chance,
         draw_curves,
         in_255ths,
         points_of,
@@ -75,6 +77,7 @@ def curve(
         stored_curve,
     )
     from guardbench.curve_files import Curve, load_curve, save_curve
+    from guardbench.data.catalog import dataset_info
     from guardbench.data.dataset import load_split
     from guardbench.devices import make_accelerator
     from guardbench.metrics import wilson
@@ -116,10 +119,11 @@ def curve(
             run, imported, x, y, threat.norm, wanted,
             test_digest=test.digest, images_digest=list_digest(test.ids[i] for i in order),
         )  # fmt: skip
+    points, classes = points_of(found, wanted), dataset_info(chosen.dataset).num_classes
     made = Curve(
         classifier=imported.described.name, weights_sha256=imported.described.weights_sha256,
-        protocol=chosen.id, **alike, points=points_of(found, wanted), guardbench=guardbench.__version__,
-        device=on,
+        protocol=chosen.id, **alike, points=points, guardbench=guardbench.__version__, device=on,
+        flags=above_chance(points, len(x), classes, threat.norm),
     )  # fmt: skip
     table = Table("eps", "accuracy %", "95% interval")
     for point in made.points:
@@ -127,6 +131,8 @@ def curve(
         eps = in_255ths(Fraction(point.eps)) + "/255" if threat.norm == "linf" else point.eps
         table.add_row(eps, f"{100 * point.correct / made.total:.1f}", f"{low:.1f} to {high:.1f}")
     console.print(table)
+    for flag in made.flags:
+        console.print(f"[yellow]flag:[/yellow] {flag}", highlight=False)
     save_curve(output, made)
     draw_curves(output.with_suffix(".png"), [made, *(curve for _, curve in earlier)])
     console.print(f"curve  {output}\nplot   {output.with_suffix('.png')}", highlight=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import signal
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 from guardbench.attacks import warm
 from guardbench.cli import app, main
 from guardbench.curve import (
+    above_chance,
     draw_curves,
     points_of,
     require_alike,
@@ -26,6 +29,8 @@ from guardbench.curve import (
 from guardbench.curve_files import Curve, Point, load_curve, save_curve
 from guardbench.errors import GuardbenchError
 from guardbench.threat import ThreatModel
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,6 +212,80 @@ def test_a_curve_comes_back_from_its_file_and_is_drawn_beside_others(tmp_path):
             require_alike([(tmp_path / "a.json", first)], {**alike, field: value})
 
 
+def test_a_curve_of_version_1_loads_for_ever(tmp_path):
+    found = load_curve(GOLDEN / "curve-v1.json")
+    assert (found.classifier, found.total, found.flags) == ("student-0", 300, ())
+    assert [point.correct for point in found.points] == [250, 214, 44, 0]
+    words = json.loads((GOLDEN / "curve-v1.json").read_text())
+    (tmp_path / "new.json").write_text(json.dumps({**words, "schema_version": 3}))
+    with pytest.raises(GuardbenchError, match="made by a newer guardbench"):
+        load_curve(tmp_path / "new.json")
+
+
+def test_a_curve_is_flagged_where_it_ends_clearly_above_chance():
+    def flags(correct, eps, norm="linf", classes=10):
+        points = (Point(eps="0", correct=90), Point(eps=eps, correct=correct))
+        return above_chance(points, 100, classes, norm)
+
+    assert flags(0, "1") == flags(10, "1") == flags(15, "1") == ()  # 15 of 100 may be chance
+    (line,) = flags(30, "1")
+    assert line == (
+        "above-chance: 30.0% right at the largest radius, 255/255 (chance 10.0%): the gradients mislead PGD"
+    )
+    assert flags(30, "1", classes=3) == ()
+    for norm, eps in (("linf", "8/255"), ("l2", "16")):
+        (line,) = flags(30, eps, norm)
+        assert line.endswith("or the radii end too early")
+
+
+LINEAR = """
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+class Steps(torch.nn.Module):
+    def forward(self, x): return (4 * x).round() / 4
+
+def network():
+    digits = load_digits()
+    pixels = digits.images[:900].reshape(900, -1) / 16
+    fitted = LogisticRegression(C=0.05, max_iter=300).fit(pixels, digits.target[:900])
+    layer = torch.nn.Linear(64, 10)
+    layer.weight.data = torch.tensor(fitted.coef_, dtype=torch.float32)
+    layer.bias.data = torch.tensor(fitted.intercept_, dtype=torch.float32)
+    return torch.nn.Sequential(torch.nn.Flatten(), layer)
+
+def quantised():
+    return torch.nn.Sequential(Steps(), network())
+"""
+
+
+def test_a_quantised_model_is_flagged_and_the_same_without_its_steps_is_not(tmp_path, monkeypatch):
+    """Rounding has no slope, so PGD never moves, and the counts alone would make a flat, flawless line."""
+    (tmp_path / "steps.py").write_text(LINEAR)
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr("guardbench.curve.save_png", lambda _, figure: drawn.append(figure))
+    for name in ("network", "quantised"):
+        words = ["curve", "--protocol", "digits", "--python", f"steps:{name}", "--images", "30"]
+        result = CliRunner().invoke(app, [*words, "--name", name, "--output", f"{name}.json"])
+        assert result.exit_code == 0, result.output
+        made, figure = load_curve(tmp_path / f"{name}.json"), drawn.pop()
+        _, (label,) = figure.axes[0].get_legend_handles_labels()
+        assert made.points[-1].eps == "1"
+        if name == "network":
+            assert made.points[-1].correct == 0
+            assert made.flags == ()
+            assert label == "network"
+            assert "flag" not in result.output
+        else:
+            assert made.points[-1].correct == made.points[0].correct > 20
+            (flag,) = made.flags
+            assert flag.endswith("the gradients mislead PGD")
+            assert label == "quantised (flagged: ends above chance)"
+            assert f"flag: {flag}" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("points", "line"),
     [
@@ -221,8 +300,6 @@ def test_a_curve_comes_back_from_its_file_and_is_drawn_beside_others(tmp_path):
 def test_a_curve_that_contradicts_itself_is_refused(tmp_path, points, line):
     text = curve().model_dump(mode="json")
     text["points"] = [{"eps": eps, "correct": correct} for eps, correct in points]
-    import json
-
     (tmp_path / "c.json").write_text(json.dumps(text))
     with pytest.raises(GuardbenchError, match=line):
         load_curve(tmp_path / "c.json")
@@ -233,7 +310,11 @@ def test_radii():
     assert rising_radii("0.5/255,1/255", threat) == (Fraction(1, 510), Fraction(1, 255))
     default = rising_radii(None, threat)
     assert threat.eps in default
-    assert max(default) <= 1
+    assert default[-2:] == (Fraction(16 * 8, 255), 1), (
+        "in l-inf it ends where every image is any other"
+    )
+    assert rising_radii(None, ThreatModel("linf", Fraction(1, 255)))[-2:] == (Fraction(32, 255), 1)
+    assert rising_radii(None, ThreatModel("linf", Fraction(1)))[-2:] == (Fraction(3, 4), 1)
     wide = rising_radii(None, ThreatModel("l2", Fraction(1, 2)))
     assert max(wide) == 16, "in l2 a radius of 1 is no limit"
     with pytest.raises(GuardbenchError, match=r"in l-inf none is over 1.* did you mean 8/255"):
