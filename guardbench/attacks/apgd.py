@@ -26,10 +26,11 @@ RHO, MOMENTUM = 0.75, 0.75
 class APGD:
     """Auto-PGD (Croce & Hein, ICML 2020, arXiv:2003.01690, section 3 and algorithm 1).
 
-    Starts at a random point with a step of twice the radius. At checkpoints (equation 2) the step is
-    halved, and the search goes back to its best point, when at most three quarters of the steps
-    since the last checkpoint raised the loss (the authors' code; the paper has "fewer than"), or
-    when neither step nor best loss have changed (section 3.1, conditions 1 and 2).
+    Starts at a random point of the ball (of its surface in pyautoattack) with a step of twice the
+    radius. At checkpoints (equation 2) the step is halved, and the search goes back to its best
+    point, when at most three quarters of the steps since the last checkpoint raised the loss (the
+    authors' code; the paper has "fewer than"), or when neither step nor best loss have changed
+    (section 3.1, conditions 1 and 2).
 
     Attributes:
         threat: the ball; l-inf or l2, or l1 through the reference engine.
