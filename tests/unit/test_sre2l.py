@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional
 
 from guardbench import stages
-from guardbench.data.augment import draw_crops
+from guardbench.data.augment import draw_crops, draw_flips
 from guardbench.data.dataset import load_split
 from guardbench.distilled import load_distilled
 from guardbench.distillers import sre2l
@@ -153,6 +155,56 @@ def test_a_smaller_ipc_is_a_part_of_a_larger_one(tmp_path) -> None:
     torch.testing.assert_close(two.images[::2], one.images, rtol=0, atol=2e-3)
 
 
+def plain_recover(task: Task, teacher: torch.nn.Module) -> torch.Tensor:
+    """Recover written out for whole images: group after group, Adam by hand; [10, ipc, 1, 8, 8]."""
+    words, groups = task.recipe.params["recover"], []
+    norms = batch_norms(teacher)
+    for group in range(task.ipc):
+        noise = task.run.generator("recover", "noise", group)
+        images = torch.randn(10, 1, 8, 8, generator=noise)
+        first, second = torch.zeros_like(images), torch.zeros_like(images)
+        for step in range(words["iterations"]):
+            generator = task.run.generator("recover", "view", group, step)
+            draw_crops(1, 8, (1.0, 1.0), generator)
+            mirrored = bool(draw_flips(1, generator)) and words["flip"]
+            jitter = words["jitter"]
+            down, right = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
+            leaf = images.clone().requires_grad_()
+            view = torch.roll(leaf.flip(3) if mirrored else leaf, (down, right), (2, 3))
+            seen: list[torch.Tensor] = []
+            hooks = [
+                norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+                for norm in norms
+            ]
+            loss = F.cross_entropy(teacher.backbone(view), torch.arange(10))
+            for hook in hooks:
+                hook.remove()
+            for layer, (norm, maps) in enumerate(zip(norms, seen, strict=True)):
+                mean, var = maps.mean((0, 2, 3)), maps.var((0, 2, 3), unbiased=False)
+                term = (mean - norm.running_mean).norm() + (var - norm.running_var).norm()
+                loss = loss + words["r_bn"] * (10.0 if layer == 0 else 1.0) * term
+            (slope,) = torch.autograd.grad(loss, leaf)
+            first = 0.5 * first + 0.5 * slope
+            second = 0.9 * second + 0.1 * slope**2
+            root = (second / (1 - 0.9 ** (step + 1))).sqrt() + 1e-8
+            lr = words["lr"] * 0.5 * (1 + math.cos(math.pi * step / words["iterations"]))
+            images = images - lr * first / (1 - 0.5 ** (step + 1)) / root
+            images = images.clamp(-1, 1)  # grey images: (0 - 0.5) / 0.5 to (1 - 0.5) / 0.5
+        groups.append(images * 0.5 + 0.5)
+    return torch.stack(groups, 1)
+
+
+@pytest.mark.parametrize("moved", [{}, {"jitter": 2}, {"flip": True}], ids=str)
+def test_recovered_images_are_those_of_a_plain_loop(tmp_path, moved: dict) -> None:
+    torch.manual_seed(5)
+    teacher = trained_teacher()
+    words = {"iterations": 4, "lr": 0.25, "r_bn": 0.3, "crop_scale": [1.0, 1.0]}
+    task = make_task(tmp_path, **words, **{"jitter": 0, "flip": False} | moved)
+    wanted = plain_recover(task, teacher)
+    made = recover(task, teacher)
+    torch.testing.assert_close(made.images.view_as(wanted), wanted, rtol=0, atol=1e-3)
+
+
 def test_group_all_shares_statistics_and_so_differs(tmp_path) -> None:
     classes = SRe2L().distill(make_task(tmp_path, group="classes"), load_digits())
     everything = SRe2L().distill(make_task(tmp_path, group="all"), load_digits())
@@ -220,6 +272,47 @@ def test_the_regulariser_changes_the_teacher_and_not_the_key_of_anything_else(tm
     assert keys[0][0] != keys[1][0]
     a, b = (squeeze(t, Squeeze(**t.recipe.params["squeeze"]), load_digits()) for t in (task, plain))
     assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def plain_squeeze(task: Task, words: dict, lrs: list[list[float]]) -> torch.nn.Module:
+    """Squeeze written out: torchvision's crops and flips image by image, SGD by hand, an lr a step."""
+    run, train = task.run, load_digits()
+    seed = run.generator("squeeze", "init").initial_seed()
+    model = build_model(words["arch"], channels=1, classes=10, resolution=8, seed=seed).train()
+    velocity = [torch.zeros_like(weight) for weight in model.parameters()]
+    for epoch, steps in enumerate(lrs):
+        generator = run.generator("squeeze", "epoch", epoch)
+        order = torch.randperm(len(train), generator=generator)
+        for picked, lr in zip(torch.split(order, words["batch_size"]), steps, strict=False):
+            boxes = draw_crops(len(picked), 8, tuple(words["crop_scale"]), generator)
+            mirrored = draw_flips(len(picked), generator) & words["flip"]
+            views = []
+            for image, box, flip in zip(train.batch(picked), boxes.tolist(), mirrored, strict=True):
+                view = functional.resized_crop(image, *box, size=[8, 8], antialias=False)
+                views.append(functional.hflip(view) if flip else view)
+            loss = F.cross_entropy(model(torch.stack(views)), train.labels[picked])
+            slopes = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for weight, slope, before in zip(model.parameters(), slopes, velocity, strict=True):
+                    before.mul_(0.9).add_(slope + words["weight_decay"] * weight)
+                    weight -= lr * before
+    return model
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_squeezed_teacher_is_that_of_sgd_step_by_step(tmp_path, flip: bool) -> None:
+    """Two steps an epoch: one epoch of linear warm-up, then a cosine to 0 over the other two."""
+    own = {"arch": "convnet-d3-bn-small", "epochs": 3, "batch_size": 600, "lr": 0.05, "flip": flip}
+    words = {**own, "weight_decay": 0.01, "warmup_epochs": 1, "crop_scale": [0.4, 1.0]}
+    task = make_task(tmp_path, squeeze=words)
+    plain = task.recipe.model_copy(update={"regulariser": {"kind": "none"}})
+    task = dataclasses.replace(task, recipe=plain)
+    half = math.sqrt(0.5)
+    shares = [[0.01, 0.51], [1.0, (1 + half) / 2], [0.5, (1 - half) / 2]]
+    wanted = plain_squeeze(task, words, [[0.05 * share for share in epoch] for epoch in shares])
+    found = squeeze(task, Squeeze(**words), load_digits()).state_dict()
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("checkpoint", [1, 13, 20])  # 13 steps an epoch
