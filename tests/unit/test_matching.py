@@ -374,6 +374,91 @@ def test_dms_loss_against_a_plain_reference() -> None:
 # ------------------------------------------------------------------ whole runs
 
 
+def fresh(task, number: int):
+    seed = task.run.generator("match", "network", number).initial_seed()
+    arch = task.recipe.params["match"]["arch"]
+    return build_model(arch, channels=1, classes=10, resolution=8, seed=seed)
+
+
+def noise_in_range(task) -> list[torch.Tensor]:
+    """The images of each class from which a run with `init = noise` starts: grey ones, in [-1, 1]."""
+    generators = [task.run.generator("match", "init", label) for label in range(10)]
+    return [torch.randn(task.ipc, 1, 8, 8, generator=one).clamp(-1, 1) for one in generators]
+
+
+def real_of(train, label: int, count: int, generator) -> torch.Tensor:
+    rows = (train.labels == label).nonzero().flatten()
+    return train.batch(rows[torch.randperm(len(rows), generator=generator)[:count]])
+
+
+def moved(images, slopes, velocity) -> list[torch.Tensor]:
+    """A step of SGD with momentum 0.5 and learning rate 0.3, back into the range."""
+    for before, slope in zip(velocity, slopes, strict=True):
+        before.mul_(0.5).add_(slope)
+    return [(x - 0.3 * v).clamp(-1, 1) for x, v in zip(images, velocity, strict=True)]
+
+
+def test_dcs_images_are_those_of_plain_loops(tmp_path, digits) -> None:
+    """An iteration of two steps, and one epoch of the network on the synthetic set between them."""
+    words = {"init": "noise", "iterations": 1, "loops": {"2": [2, 1]}, "image_lr": 0.3}
+    task = make_task(tmp_path, digits, ipc=2, network_lr=0.05, network_batch=8, **words)
+    model, images = fresh(task, 0), noise_in_range(task)
+    velocity = [torch.zeros_like(x) for x in images]
+    weights = [weight for weight in model.parameters() if weight.ndim > 1]
+    for step in range(2):
+        slopes = []
+        for label in range(10):
+            real = real_of(digits, label, 8, task.run.generator("match", "real", step, label))
+            leaf = images[label].clone().requires_grad_()
+            of_real = F.cross_entropy(model(real), torch.full((8,), label))
+            of_ours = F.cross_entropy(model.backbone(leaf), torch.full((2,), label))
+            wanted = torch.autograd.grad(of_real, weights)
+            found = torch.autograd.grad(of_ours, weights, create_graph=True)
+            apart = torch.zeros(())
+            for ours, theirs in zip(found, wanted, strict=True):
+                a, b = ours.flatten(1), theirs.flatten(1)
+                lengths = a.norm(dim=1) * b.norm(dim=1)
+                apart = apart + (1 - (a * b).sum(1) / (lengths + 1e-6)).sum()
+            slopes += torch.autograd.grad(apart, leaf)
+        images = moved(images, slopes, velocity)
+        if step == 0:
+            everything, labels = torch.cat(images), torch.arange(10).repeat_interleave(2)
+            order = torch.randperm(20, generator=task.run.generator("match", "train", 0))
+            for picked in (order[:8], order[8:16], order[16:]):
+                loss = F.cross_entropy(model.backbone(everything[picked]), labels[picked])
+                falls = torch.autograd.grad(loss, list(model.parameters()))
+                with torch.no_grad():
+                    for weight, slope in zip(model.parameters(), falls, strict=True):
+                        weight -= 0.05 * slope
+    made = distil(task, digits)
+    torch.testing.assert_close(made.images, torch.cat(images) * 0.5 + 0.5, rtol=0, atol=1e-4)
+    assert made.hard.tolist() == [label for label in range(10) for _ in range(2)]
+
+
+def test_dms_images_are_those_of_plain_loops(tmp_path, digits) -> None:
+    """Two iterations, each with a network and with views of its own."""
+    words = {"init": "noise", "iterations": 2, "image_lr": 0.3, "views": ["crop", "cutout"]}
+    task = make_task(tmp_path, digits, "dm", ipc=2, **words)
+    images = noise_in_range(task)
+    velocity = [torch.zeros_like(x) for x in images]
+    for step in range(2):
+        model, slopes = fresh(task, step), []
+        for label in range(10):
+            generator = task.run.generator("match", "real", step, label)
+            view = draw_view(1, generator, ("crop", "cutout"))
+            real = real_of(digits, label, 8, generator) * 2 - 1
+            leaf = images[label].clone().requires_grad_()
+            ours, theirs = (
+                model.backbone.features(apply_view(x, view)).flatten(1).mean(0)
+                for x in (leaf, real)
+            )
+            slopes += torch.autograd.grad(((ours - theirs) ** 2).sum(), leaf)
+        images = moved(images, slopes, velocity)
+    made = distil(task, digits)
+    torch.testing.assert_close(made.images, torch.cat(images) * 0.5 + 0.5, rtol=0, atol=1e-4)
+    assert made.hard.tolist() == [label for label in range(10) for _ in range(2)]
+
+
 class KilledError(Exception):
     pass
 
