@@ -57,6 +57,17 @@ def test_imagenette_64_is_imagenette_at_another_resolution_and_batch_size() -> N
     assert [a.params for a in small.attacks] == [a.params for a in large.attacks]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("half", [1, 1, 0.1, 0.1]), ("cosine", [1, 0.6913417, 0.5, 0.0380602])],
+)
+def test_the_learning_rate_falls_to_a_tenth_at_half_time_or_on_a_cosine(schedule, shares) -> None:
+    update = {"schedule": schedule, "epochs": 8, "lr": 3.0}
+    student = load_protocol("digits").student.model_copy(update=update)
+    found = [student.lr_at(epoch) / 3 for epoch in (0, 3, 4, 7)]
+    assert found == pytest.approx(shares, rel=1e-6)
+
+
 def test_title_and_succession_are_not_part_of_what_is_measured() -> None:
     protocol = load_protocol("digits")
     renamed = protocol.model_copy(update={"title": "other", "superseded_by": "digits-2"})
