@@ -80,6 +80,22 @@ def test_first_order_gradient_where_the_loss_falls_along_z() -> None:
     assert math.isfinite(loss.item())
 
 
+def test_a_first_order_step_costs_two_plain_ones() -> None:
+    """What the module promises: the direction comes with the gradient of the plain loss."""
+    model = build_model("convnet-d3-bn-small", channels=1, classes=4, resolution=8, seed=1).train()
+    forwards, backwards = [], []
+
+    def note(_module: nn.Module, _images: object, logits: torch.Tensor) -> None:
+        forwards.append(logits)
+        if logits.requires_grad:
+            logits.register_hook(backwards.append)
+
+    model.backbone.register_forward_hook(note)
+    x, y = torch.rand(8, 1, 8, 8), torch.arange(8) % 4
+    FirstOrderCurvature(weight=0.7, h=0.1).backward(Batch(model=model, images=x, labels=y))
+    assert (len(forwards), len(backwards)) == (2, 2)
+
+
 class Quadratic(nn.Module):
     """l(x) = x' A x / 2 an image, whose Hessian is A everywhere."""
 

@@ -97,6 +97,36 @@ def test_gradient_norm_value_and_gradient() -> None:
     assert first_gradients(model) == pytest.approx(by_differences(model, value), rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.parametrize(("kind", "weight"), [("curvature", 0.5), ("curvature-double", 500.0)])
+def test_curvature_value_and_gradient_with_its_direction_held(kind: str, weight: float) -> None:
+    model, images = smooth(), a_batch(smooth()).images
+
+    def losses(x: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), a_batch(model).labels, reduction="none")
+
+    def slopes(x: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(losses(leaf).sum(), leaf)[0]
+
+    z = slopes(images)
+    z = z / z.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    moved = images + 0.1 * math.sqrt(16) * z
+
+    def value() -> float:
+        plain = losses(images).mean()
+        if kind == "curvature":
+            penalty = (losses(moved).mean() - plain).abs()
+        else:
+            penalty = (slopes(moved) - slopes(images)).flatten(1).square().sum(1).mean()
+        return (plain + weight * penalty).item()
+
+    words = {"kind": kind, "weight": weight, "h": 0.1}
+    loss, penalty = build_regulariser(words, LINF).backward(a_batch(model))
+    assert penalty.item() > 0.01 * loss.item()
+    assert (loss + penalty).item() == pytest.approx(value(), rel=1e-10)
+    assert first_gradients(model) == pytest.approx(by_differences(model, value), rel=1e-5, abs=1e-9)
+
+
 def test_a_flat_image_gives_the_gradient_norm_no_nan() -> None:
     model = linear()
     nn.init.zeros_(model[1].weight)
