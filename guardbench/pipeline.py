@@ -37,7 +37,7 @@ from guardbench.filing import (
     require_known_code,
     require_the_boards_images,
 )
-from guardbench.methods import MethodFile, load_method, overridden, set_mark
+from guardbench.methods import MethodFile, Recipe, load_method, overridden, set_mark
 from guardbench.models import build_model
 from guardbench.processes import Processes
 from guardbench.progress import Progress
@@ -171,14 +171,7 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         GuardbenchError: unknown names, a device or precision that is not there, missing data, an
             output folder that cannot be written.
     """
-    if settings.publish and settings.tier == "dev":
-        raise GuardbenchError("--publish: a dev record is unofficial; publish without --tier dev.")
-    protocol = choose_protocol(settings.dataset, settings.protocol)
-    protocol.check_ipc(settings.ipc)
-    method = load_method(settings.method)
-    distiller = cast(Distiller, resolve(DISTILLERS, "distiller", method.distiller)())
-    recipe = method.recipe(protocol.dataset, protocol.resolution)
-    recipe = overridden(recipe, settings.overrides, partial(_fields, distiller))
+    asked = protocol, method, distiller, recipe = _asked(settings)
     located = locate(protocol.dataset, settings.data_dir, cache_dir=settings.cache_dir)
     accelerator = make_accelerator(
         settings.device,
@@ -190,7 +183,6 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
     checkout = checkout_for(protocol) if settings.publish else None
     Processes(accelerator).from_main(lambda: check_workspace(settings.output))
     info = dataset_info(protocol.dataset)
-    sample = sample_size(protocol, info.num_classes, settings.tier, settings.images)
     decoded = partial(
         peek, info, located, resolution=protocol.resolution, cache_dir=settings.cache_dir
     )
@@ -206,19 +198,6 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
     run = Run(
         accelerator=accelerator, workspace=settings.output, seed=settings.seed, progress=progress
     )
-    task = Task(
-        run=run,
-        method=method,
-        recipe=recipe,
-        dataset=protocol.dataset,
-        resolution=protocol.resolution,
-        channels=info.channels,
-        classes=classes,
-        train_images=train_images,
-        train_digest=train_digest,
-        ipc=settings.ipc,
-        threat=protocol.threat.model,
-    )
     run.require_alike(  # before any stage is asked for, which all processes do together
         protocol=protocol.digest,
         recipe=recipe.digest,
@@ -229,7 +208,9 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         references=settings.references,
         trackers=", ".join(settings.log_with),
     )
-    distilling = distiller.plan(task)
+    task, distilling, evaluating = _planned(
+        settings, *asked, run, classes, train_images, train_digest, test_digest
+    )
     return Plan(
         settings=settings,
         protocol=protocol,
@@ -239,20 +220,74 @@ def make_plan(settings: Settings, progress: Progress) -> Plan:
         task=task,
         distiller=distiller,
         distilling=distilling,
-        evaluating=plan_evaluation(
-            run,
-            protocol,
-            artifact=distilling[-1].folder.key,
-            images=distiller.image_count(task),
-            kind=distiller.label_kind(task),
-            train_digest=train_digest,
-            test_digest=test_digest,
-            engine=settings.engine,
-            sample=sample,
-            references=settings.references,
-        ),
+        evaluating=evaluating,
         checkout=checkout,
     )
+
+
+def official_stages(settings: Settings, progress: Progress) -> list[PlannedStage]:
+    """The stages that a run has where all official images are, on the CPU: the same on every machine.
+
+    Raises:
+        GuardbenchError: no machine could run it.
+    """
+    asked = _asked(settings)
+    info, resolution = dataset_info(asked[0].dataset), asked[0].resolution
+    run = Run(
+        accelerator=make_accelerator("cpu", "fp32", resolution), workspace=settings.output,
+        seed=settings.seed, progress=progress,
+    )  # fmt: skip
+    classes = tuple(f"class {k}" for k in range(info.num_classes))
+    _, distilling, evaluating = _planned(settings, *asked, run, classes, info.train_count)
+    return [*distilling, *evaluating.stages]
+
+
+def _asked(settings: Settings) -> tuple[Protocol, MethodFile, Distiller, Recipe]:
+    """What the settings name, before any machine is looked at."""
+    if settings.publish and settings.tier == "dev":
+        raise GuardbenchError("--publish: a dev record is unofficial; publish without --tier dev.")
+    protocol = choose_protocol(settings.dataset, settings.protocol)
+    protocol.check_ipc(settings.ipc)
+    method = load_method(settings.method)
+    distiller = cast(Distiller, resolve(DISTILLERS, "distiller", method.distiller)())
+    recipe = method.recipe(protocol.dataset, protocol.resolution)
+    recipe = overridden(recipe, settings.overrides, partial(_fields, distiller))
+    return protocol, method, distiller, recipe
+
+
+def _planned(
+    settings: Settings,
+    protocol: Protocol,
+    method: MethodFile,
+    distiller: Distiller,
+    recipe: Recipe,
+    run: Run,
+    classes: tuple[str, ...],
+    train_images: int,
+    train_digest: str | None = None,
+    test_digest: str | None = None,
+) -> tuple[Task, list[PlannedStage], EvaluationPlan]:
+    """The task, the stages that distil, and those that evaluate."""
+    info = dataset_info(protocol.dataset)
+    task = Task(
+        run=run, method=method, recipe=recipe, dataset=protocol.dataset, resolution=protocol.resolution,
+        channels=info.channels, classes=classes, train_images=train_images, train_digest=train_digest,
+        ipc=settings.ipc, threat=protocol.threat.model,
+    )  # fmt: skip
+    distilling = distiller.plan(task)
+    evaluating = plan_evaluation(
+        run,
+        protocol,
+        artifact=distilling[-1].folder.key,
+        images=distiller.image_count(task),
+        kind=distiller.label_kind(task),
+        train_digest=train_digest,
+        test_digest=test_digest,
+        engine=settings.engine,
+        sample=sample_size(protocol, info.num_classes, settings.tier, settings.images),
+        references=settings.references,
+    )
+    return task, distilling, evaluating
 
 
 def execute(plan: Plan) -> Finished:

@@ -7,7 +7,7 @@ is run is `guardbench.pipeline`'s; this module weighs the cells, orders them and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -26,10 +26,12 @@ from guardbench.pipeline import (
     choose_protocol,
     expected_seconds,
     make_plan,
+    official_stages,
     planned_method,
     prepare,
 )
 from guardbench.progress import Progress
+from guardbench.protocol import Protocol
 from guardbench.record_files import load_record
 from guardbench.records import ResultRecord
 from guardbench.scoring_plan import engines_used
@@ -43,7 +45,7 @@ class Need:
     Attributes:
         name: such as `squeeze` or `student 0`.
         work: multiplications, reckoned as the expected time is: of the protocol's student, for each image
-            that passes. Equal on every machine and whatever is done, so that shards agree.
+            that passes. Equal whatever is done.
         done: whether it is finished.
         seconds: expected on this machine; 0 when done.
         size: about how many bytes it will add to the workspace; 0 when done.
@@ -133,19 +135,51 @@ def plan_suite(wanted: Sequence[Wanted], common: Settings, progress: Progress) -
     Raises:
         GuardbenchError: a method, a dataset or a protocol that there is not: no cell of it could ever run.
     """
+    suite = Suite(())
+    cells = [
+        _planned(each, settings, suite.needs, progress) for each, settings in _each(wanted, common)
+    ]
+    return replace(suite, cells=tuple(cells))
+
+
+def official_suite(wanted: Sequence[Wanted], common: Settings, progress: Progress) -> Suite:
+    """The cells by the work that they are with all official images, for `divide`; none can be run as it is.
+
+    Neither the machine, the images that it has nor what is done moves it. A cell that no machine can run
+    has no stages.
+
+    Raises:
+        GuardbenchError: as `plan_suite` does.
+    """
+    suite, cells = Suite(()), []
+    for each, settings in _each(wanted, common):
+        try:
+            found = official_stages(settings, progress)
+        except GuardbenchError:
+            found = []
+        protocol = choose_protocol(each.dataset, each.protocol)
+        info = dataset_info(protocol.dataset)
+        shape = (info.channels, info.num_classes, protocol.resolution)
+        for stage in found:
+            work = _work(stage, protocol, shape)
+            suite.needs[stage.folder.key] = Need(stage.folder.name, work, False, 0.0, 0)
+        keys = tuple(stage.folder.key for stage in found)
+        cells.append(Cell(each, settings, stages=keys))
+    return replace(suite, cells=tuple(cells))
+
+
+def _each(wanted: Sequence[Wanted], common: Settings) -> Iterator[tuple[Wanted, Settings]]:
+    """The cells with the settings of their runs; refuses names that there are not before the first."""
     for each in wanted:
         load_method(each.method)
         choose_protocol(each.dataset, each.protocol)
-    suite, threads = Suite(()), torch.get_num_threads()
-    found = []
+    threads = torch.get_num_threads()
     for each in wanted:
         torch.set_num_threads(threads)  # planning tiny images leaves one thread
-        settings = replace(
+        yield each, replace(
             common, method=each.method, dataset=each.dataset, protocol=each.protocol, ipc=each.ipc,
             overrides=each.overrides, references=each.references,
         )  # fmt: skip
-        found.append(_planned(each, settings, suite.needs, progress))
-    return replace(suite, cells=tuple(found))
 
 
 def _planned(
@@ -195,11 +229,15 @@ def _need(plan: Plan, stage: PlannedStage) -> Need:
     done = stage.folder.finished() is not None
     return Need(
         name=stage.folder.name,
-        work=round(stage.passes * network(stage.arch or protocol.student.arch, *shape)[0]),
+        work=_work(stage, protocol, shape),
         done=done,
         seconds=0.0 if done else expected_seconds(plan.task.run, protocol, [stage]),
         size=0 if done else _size(plan, stage, shape),
     )
+
+
+def _work(stage: PlannedStage, protocol: Protocol, shape: tuple[int, int, int]) -> int:
+    return round(stage.passes * network(stage.arch or protocol.student.arch, *shape)[0])
 
 
 def _size(plan: Plan, stage: PlannedStage, shape: tuple[int, int, int]) -> int:
@@ -315,13 +353,12 @@ def ordered(suite: Suite, cells: Iterable[Cell]) -> list[Cell]:
 
 
 def divide(suite: Suite, shards: int) -> list[list[Cell]]:
-    """The cells that can be run, done or not, dealt out to `shards` machines.
+    """The cells of an `official_suite` dealt out to `shards` machines.
 
     Cells that share a stage stay together, unless parting them is worth it: of all divisions tried, that is
-    taken whose longest shard and work done twice are least together. It hangs on the cells alone, and
-    neither on the machine nor on what is done.
+    taken whose longest shard and work done twice are least together. It hangs on the cells alone.
     """
-    cells = [cell for cell in suite.cells if cell.plan is not None]
+    cells = suite.cells
     whole, parts = suite.work(cells), related(cells)
     best, least = _dealt(suite, parts, shards), math.inf
     for _ in range(4 * shards if shards > 1 else 0):  # each parts the heaviest, which soon is light

@@ -248,15 +248,15 @@ def _plan(
     from dataclasses import replace
 
     from guardbench.progress import Progress
-    from guardbench.suite import divide, ordered, plan_suite, prepared
+    from guardbench.suite import divide, official_suite, ordered, plan_suite, prepared
     from guardbench.suite_table import Part, division
 
     progress = Progress(console)
     with console.status("planning") if console.is_terminal else nullcontext():
+        shards = divide(official_suite(wanted, common, progress), of)
         whole = plan_suite(wanted, common, progress)
-    shards = divide(whole, of)
     names = {cell.name for cell in shards[number - 1]}
-    mine = [cell for cell in whole.cells if cell.name in names or cell.plan is None]
+    mine = [cell for cell in whole.cells if cell.name in names]
     if decode and (skip or all(cell.plan is not None for cell in mine)):
         fresh = any(cell.to_do and cell.plan and not cell.plan.decoded for cell in mine)
         mine = prepared(mine)

@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from guardbench import pipeline, suite_run, suite_table
 from guardbench.cli import app
+from guardbench.data.catalog import dataset_info
+from guardbench.data.dataset import load_split
 from guardbench.errors import GuardbenchError
 from guardbench.methods import load_method, methods_folder
 from guardbench.pipeline import Settings, execute, make_plan
@@ -619,3 +622,79 @@ def test_the_github_matrix_runs_every_shard_once(stub) -> None:
 def test_the_readmes_suite_is_one(tmp_path) -> None:
     (tmp_path / "suite.toml").write_text(block("toml", "[[matrix]]"))
     assert len(read_suite(tmp_path / "suite.toml")) == 8
+
+
+# --- shards of real cells
+
+PARTIAL = (
+    SHORT.replace('"short"', '"partial"')
+    .replace('"digits"', '"imagenette"')
+    .replace("resolution = 8", "resolution = 64")
+)
+
+
+def plan_of(shard: str, *more: str) -> dict:
+    """What `guardbench suite --shard` says of its part: its cells and the division."""
+    result = typed(
+        "--methods", "random,dm", "--ipcs", "1,10", "--protocols", "short.toml,partial.toml",
+        "--shard", shard, "--skip", "--dry-run", "--json", "plan.json", *more,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.exception
+    found = json.loads(Path("plan.json").read_text())
+    return {"division": found["division"], "cells": {c["name"]: c["state"] for c in found["cells"]}}
+
+
+def test_shards_are_divided_alike_before_and_after_a_part_of_the_images_is_decoded(
+    folder, monkeypatch
+) -> None:
+    """Two images a class are there: too few for IPC 10, which is known only when they are decoded."""
+    (folder / "partial.toml").write_text(PARTIAL)
+    info = dataset_info("imagenette")
+    for split in ("train", "val"):
+        for name in info.classes:
+            place = folder / "data" / "imagenette" / split / name
+            place.mkdir(parents=True)
+            for number in range(4 if split == "val" else 2):
+                Image.new("RGB", (32, 32), (number, 0, 0)).save(place / f"{number}.png")
+    monkeypatch.setenv("GUARDBENCH_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(pipeline, "_images_per_second", lambda *_: 100.0)
+    before = [plan_of(shard, "--data-dir", "data") for shard in ("1/2", "2/2")]
+    names = [name for each in before for name in each["cells"]]
+    assert len(names) == len(set(names)) == 8, "disjoint, and together all"
+    assert all(each["cells"] for each in before)
+    for split in ("train", "val"):
+        load_split(
+            "imagenette", split, resolution=64, data_dir=folder / "data", cache_dir=None,
+            progress=Progress(),
+        )  # fmt: skip
+    after = [plan_of(shard, "--data-dir", "data") for shard in ("1/2", "2/2")]
+    for one, other in zip(before, after, strict=True):
+        assert one["division"] == other["division"]
+        assert one["cells"].keys() == other["cells"].keys()
+    states = {name: state for each in after for name, state in each["cells"].items()}
+    assert states["partial/ipc10/random"] == "cannot be run"
+    assert states["partial/ipc1/random"] == "to do"
+
+
+def test_two_shards_that_are_run_make_every_record_once(folder, here) -> None:
+    (folder / "s.toml").write_text(
+        '[[matrix]]\nprotocols = ["short.toml"]\nmethods = ["random"]\nipcs = [1, 10]\n'
+        f'set = ["{QUICK}"]\n'
+        '[[matrix]]\nprotocols = ["short.toml"]\nmethods = ["random"]\nipcs = [1]\n'
+        'set = ["squeeze.epochs=2"]\n'
+    )
+    shares = []
+    for shard in ("1/2", "2/2"):
+        here.clear()
+        assert typed("s.toml", "--shard", shard).exit_code == 0
+        shares.append([*here])
+    assert all(shares)
+    assert sorted(shares[0] + shares[1]) == [
+        f"ipc1/{QUICK}",
+        "ipc1/squeeze.epochs=2",
+        f"ipc10/{QUICK}",
+    ]
+    assert len([*folder.glob("runs/records/short/ipc*/*.json")]) == 3
+    here.clear()
+    assert typed("s.toml").exit_code == 0
+    assert here == [], "together they are the whole suite"
