@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from guardbench import canonical
-from guardbench.errors import GuardbenchError
+from guardbench.errors import GuardbenchError, brief
 from guardbench.sealed import read_tensors, write_tensors
 from guardbench.store import read_text, write_text
 
@@ -70,13 +70,17 @@ class LabelStore:
             sha256: of the epoch's file, from `digests`.
 
         Raises:
-            GuardbenchError: the file is missing, or is not the one that was written.
+            GuardbenchError: the file is missing, is not the one that was written, or cannot be read now.
         """
         path = self.path(epoch)
         try:
             data = path.read_bytes()
-        except OSError:
+        except FileNotFoundError:
             data = b""
+        except OSError as error:
+            raise GuardbenchError(
+                f"{path}: cannot be read now ({brief(error)}); run again."
+            ) from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise GuardbenchError(
                 f"{path}: missing or changed since it was written; delete its folder and run again to "

@@ -378,14 +378,19 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads what `save_weights` wrote; one clear line when the file is not of this architecture."""
+    """Loads what `save_weights` wrote; one clear line when the file is not of this architecture.
+
+    Or when it cannot be read now.
+    """
     try:
         state: Mapping[str, Any] = load_file(path)
         model.load_state_dict(state, strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise GuardbenchError(
             f"{path}: not weights of this architecture: {brief(error)}"
         ) from error
+    except OSError as error:
+        raise GuardbenchError(f"{path}: cannot be read now ({brief(error)}); run again.") from error
 
 
 def load_trained(run: Run, model: Classifier, path: Path) -> Classifier:

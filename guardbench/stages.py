@@ -111,7 +111,7 @@ class StageFolder:
             return
         with contextlib.ExitStack() as stack:
             self._lock(stack)
-            stored = self.processes.from_main(lambda: self._finished(alone=True))
+            stored = self.processes.from_main(lambda: self._finished(claimed=True))
             if stored is None:
                 stack.enter_context(interrupts.inside_stage(self.name))
             yield stored
@@ -151,8 +151,8 @@ class StageFolder:
         assert stored is not None, f"{self.name} comes first"
         return canonical.digest(stored["files"])
 
-    def _finished(self, *, alone: bool = False) -> dict[str, Any] | None:
-        """What `finished` gives; `alone`: nobody else is at the stage, so what is out of date may go."""
+    def _finished(self, *, claimed: bool = False) -> dict[str, Any] | None:
+        """What `finished` gives; where it is `claimed`, what is out of date goes."""
         path = self._finished_path
         if not path.is_file():
             return None
@@ -164,15 +164,19 @@ class StageFolder:
             if stored["key"] != self.key:
                 raise ValueError("it belongs to another stage")
             if self._outdated(stored):
-                if alone:
+                if claimed:
                     self._clear()
                 return None
             for name, sha in stored["files"].items():
                 if canonical.file_digest(self.path / name) != sha:
                     raise ValueError(f"{name} has changed since it was written")
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             raise GuardbenchError(
                 f"{path}: {error}; delete the folder and run again to rebuild it."
+            ) from error
+        except OSError as error:
+            raise GuardbenchError(
+                f"{path}: cannot be read now ({brief(error)}); run again."
             ) from error
         return dict(stored)
 
@@ -244,7 +248,16 @@ class StageFolder:
         )
 
     def _clear(self) -> None:
-        """Removes what was made from files that have been made anew since, with another result."""
+        """Removes what was made from files that have been made anew since, with another result.
+
+        Raises:
+            GuardbenchError: there are no locks, so that another run may be at it.
+        """
+        if not self._alone:
+            raise GuardbenchError(
+                f"{self.path}: what it was made from is another now, and without file locks another run may "
+                "be at it; if none is, delete the folder and run again."
+            )
         self.say(f"{self.name}: what it was made from is another now, so it begins anew")
         telling = (self.checkpoint_path, self._finished_path)
         with explained(self.path):

@@ -17,10 +17,12 @@ from accelerate import Accelerator
 from rich.console import Console
 
 import guardbench
-from guardbench import canonical, devices, interrupts, stages
+from guardbench import canonical, devices, interrupts, models, stages
 from guardbench.commit import checkout_commit, commits_text
 from guardbench.devices import effective_precision, make_accelerator
 from guardbench.errors import GuardbenchError
+from guardbench.labels import LabelStore
+from guardbench.models import load_weights, save_weights
 from guardbench.progress import Progress, clock
 from guardbench.runtime import Run, check_finite
 from guardbench.scoring import Costs
@@ -597,3 +599,62 @@ def test_a_kill_while_outdated_files_are_removed_leaves_none_untold(
         assert stored is None
         assert folder.begin(CPU) is None
         assert [path.name for path in folder.path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("what", ["stage", "file", "labels", "weights"])
+def test_what_is_finished_and_cannot_be_read_now_need_not_be_deleted(
+    tmp_path, monkeypatch, what: str, number: int
+) -> None:
+    folder, net = make_run(tmp_path).stage("s", "k", {"a": 1}), torch.nn.Linear(2, 2)
+    folder.begin(CPU)
+    store = LabelStore(folder.path, classes=2)
+    store.write(0, torch.zeros(1, 2))
+    store.seal(1)
+    save_weights(net, folder.path / "w")
+    folder.finish(CPU, ("w",))
+    (sha,) = store.digests()
+
+    def fails(*_: object, **__: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    module, name, read = {
+        "stage": (stages.Path, "read_text", folder.finished),
+        "file": (canonical, "file_digest", folder.finished),
+        "labels": (stages.Path, "read_bytes", lambda: store.read(0, sha)),
+        "weights": (models, "load_file", lambda: load_weights(net, folder.path / "w")),
+    }[what]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, fails)
+        with pytest.raises(GuardbenchError, match=r"cannot be read now .*; run again") as caught:
+            read()
+    assert "delete" not in str(caught.value)
+    read()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_without_locks_nothing_that_may_be_another_runs_is_removed(
+    tmp_path, monkeypatch, finished: bool
+) -> None:
+    folder = make_run(tmp_path).stage("relabel", "labels", {"a": 1})
+    with folder.claimed("one"):
+        folder.begin(CPU)
+        folder.checkpoint({})
+        (folder.path / "labels-0").write_text("of the first set")
+        if finished:
+            folder.finish(CPU, ("labels-0",))
+    there = {path.name for path in folder.path.iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr("guardbench.locks._take", lambda *_: False)
+        again = make_run(tmp_path).stage("relabel", "labels", {"a": 1})
+        refused = pytest.raises(GuardbenchError, match=r"another run may be at it; .*delete")
+        with refused as caught, again.claimed("another"):
+            again.begin(CPU)
+        assert "\n" not in str(caught.value)
+        assert there <= {path.name for path in folder.path.iterdir()}
+        with again.claimed("one") as stored:
+            assert (stored is not None) is finished, "what is up to date is taken as ever"
+    with folder.claimed("another") as stored:
+        assert stored is None
+        assert folder.begin(CPU) is None
+        assert not (folder.path / "labels-0").exists()
