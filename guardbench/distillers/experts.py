@@ -11,10 +11,10 @@ On disk an expert takes 4 bytes times its weights times one more than its epochs
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -79,10 +79,14 @@ class Trajectory:
         try:
             with safe_open(self.path, framework="pt") as file:
                 weights: Tensor = file.get_tensor(str(epoch))
-        except (OSError, SafetensorError) as error:
+        except (FileNotFoundError, SafetensorError) as error:
             raise GuardbenchError(
                 f"{self.path}: no weights of epoch {epoch} ({brief(error)}); delete the folder and "
                 "run again to rebuild it."
+            ) from error
+        except OSError as error:
+            raise GuardbenchError(
+                f"{self.path}: cannot be read now ({brief(error)}); run again."
             ) from error
         return weights
 
@@ -199,10 +203,12 @@ class _Training:
     def run(self, folder: StageFolder) -> list[Tensor]:
         """The weights [P] before the first epoch and after each, on the CPU."""
         run, epochs = self.task.run, self.params.epochs
-        kept = [self.flat.weights().cpu()]
+        kept, step = [self.flat.weights().cpu()], 0
         state = folder.begin(run.device)
         if state is not None:
             kept = list(state["kept"])
+            # A checkpoint of before there were any between steps stands at the beginning of its epoch.
+            step = int(state.get("step", 0))
             self.average = state["average"].to(run.device)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -210,51 +216,58 @@ class _Training:
         first = len(kept) - 1
         with run.progress.stage(folder.name, epochs, "epochs", first) as bar:
             for epoch in range(first, epochs):
-                loss = self._epoch(epoch)
+                generator = run.generator("expert", self.number, "epoch", epoch)
+                order = torch.randperm(len(self.train), generator=generator)
+                batches = torch.split(order, self.params.batch_size)
+                if state is not None and step:
+                    generator.set_state(state["generator"])
+                for place in range(step, len(batches)):
+                    loss = self._step(epoch, place, batches[place], generator)
+                    if place + 1 < len(batches) and folder.due():
+                        folder.checkpoint(self._state(kept, place + 1, generator))
+                step = 0
                 weights = self.average.clone() if self.params.ema else self.flat.weights()
                 kept.append(weights.cpu())
                 bar.advance(1, f"loss {loss:.3f}")
-                if folder.due() and epoch + 1 < epochs:
-                    folder.checkpoint(
-                        {
-                            "kept": kept,
-                            "average": self.average,
-                            "model": self.model.state_dict(),
-                            "optimizer": self.optimizer.state_dict(),
-                            "scaler": self.scaler.state_dict(),
-                        }
-                    )
+                if epoch + 1 < epochs and folder.due():
+                    folder.checkpoint(self._state(kept, 0, generator))
         return kept
 
-    def _epoch(self, epoch: int) -> float:
-        """One pass over the images; returns the last batch's loss."""
+    def _state(self, kept: list[Tensor], step: int, generator: torch.Generator) -> dict[str, Any]:
+        """For a checkpoint before `step` of the epoch that follows those in `kept`."""
+        return {
+            "kept": kept,
+            "step": step,
+            "generator": generator.get_state(),
+            "average": self.average,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def _step(self, epoch: int, step: int, picked: Tensor, generator: torch.Generator) -> float:
+        """Moves the network along its gradients on the images `picked`; returns their loss."""
         task, params, run = self.task, self.params, self.task.run
-        generator = run.generator("expert", self.number, "epoch", epoch)
-        order = torch.randperm(len(self.train), generator=generator)
-        value = math.nan
-        for step, picked in enumerate(torch.split(order, params.batch_size)):
-            view = draw_view(
-                len(picked), task.resolution, params.crop_scale, params.flip, generator
-            )
-            batch = Batch(
-                model=self.model,
-                images=apply_view(self.train.batch(picked, run.device), view),
-                labels=self.train.labels[picked].to(run.device),
-                generator=generator,
-                autocast=run.autocast,
-                scale=self.scaler.get_scale(),
-            )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss, penalty = self.regulariser.backward(batch)
-            value = take_step(
-                self.scaler,
-                self.optimizer,
-                (loss + penalty) / batch.scale,
-                f"expert {self.number}, epoch {epoch + 1}, step {step + 1}",
-                "lower experts.lr or regulariser.weight, as by --set experts.lr=0.01",
-            )
-            if params.ema:
-                self.average.lerp_(self.flat.weights(), 1 - params.ema)
+        view = draw_view(len(picked), task.resolution, params.crop_scale, params.flip, generator)
+        batch = Batch(
+            model=self.model,
+            images=apply_view(self.train.batch(picked, run.device), view),
+            labels=self.train.labels[picked].to(run.device),
+            generator=generator,
+            autocast=run.autocast,
+            scale=self.scaler.get_scale(),
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, penalty = self.regulariser.backward(batch)
+        value = take_step(
+            self.scaler,
+            self.optimizer,
+            (loss + penalty) / batch.scale,
+            f"expert {self.number}, epoch {epoch + 1}, step {step + 1}",
+            "lower experts.lr or regulariser.weight, as by --set experts.lr=0.01",
+        )
+        if params.ema:
+            self.average.lerp_(self.flat.weights(), 1 - params.ema)
         return value
 
 

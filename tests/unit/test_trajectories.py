@@ -480,3 +480,37 @@ def test_the_plan_counts_what_will_be_done(tmp_path) -> None:
     stepwise = TESLA().plan(dataclasses.replace(task, method=load_method("tesla")))[-1]
     assert stepwise.passes == 4 * 2 * 6 * 4
     assert stepwise.folder.key != match.folder.key
+
+
+@pytest.mark.parametrize("checkpoints", [2, 7])
+def test_an_expert_killed_in_the_midst_of_an_epoch_ends_with_the_same_trajectory(
+    tmp_path, monkeypatch, checkpoints: int
+) -> None:
+    """So one that is stopped more often than an epoch takes still gets to its end."""
+    words = {
+        "experts": {
+            "count": 1,
+            "ema": 0.5,
+            "momentum": 0.9,
+            "crop_scale": [0.5, 1.0],
+            "flip": True,
+        },
+        "regulariser": {"kind": "pgd", "steps": 1, "step": 1.0},
+    }
+    train, (whole, broken) = load_digits(), (make_task(tmp_path / name, **words) for name in "ab")
+    params = Experts(**whole.recipe.params["experts"])
+    steps = -(-len(train) // params.batch_size)
+    assert 2 < steps < 7 < 2 * steps, "in the first epoch, and in the second"
+    made, step = [], experts_module._Training._step
+    monkeypatch.setattr(
+        experts_module._Training, "_step", lambda *them: made.append(them[1:3]) or step(*them)
+    )
+    with monkeypatch.context() as patch:
+        kill_after(patch, "expert 0", checkpoints)
+        with pytest.raises(Killed):
+            train_experts(broken, params, train)
+    train_experts(broken, params, train)
+    assert made == [(epoch, place) for epoch in range(2) for place in range(steps)], "none twice"
+    train_experts(whole, params, train)
+    for name, weights in weights_of(whole, 0).items():
+        assert torch.equal(weights, weights_of(broken, 0)[name]), name
