@@ -21,7 +21,7 @@ from guardbench.errors import GuardbenchError
 from guardbench.fields import Line, Name, Sha256, Strict, only_const, printable
 from guardbench.metrics import CONFIDENCE, Basis, worst_case
 from guardbench.paired import RESAMPLES, Pairs, holm, interval, mcnemar, pair
-from guardbench.records import AnyRecord, Outcome, ResultRecord, SeedRun
+from guardbench.records import ENGINE, AnyRecord, Outcome, ResultRecord, SeedRun
 
 COMPARISON_VERSION: Literal[1] = 1
 
@@ -298,6 +298,14 @@ def _notes(a: AnyRecord, b: AnyRecord, numbers: Sequence[int], rows: set[str]) -
         lines.append("Both are of the dev tier, on a subset of the protocol's images: unofficial.")
     if a.provenance.engines != b.provenance.engines:
         lines.append("A and B were attacked by different engines (`guardbench show` says which).")
+    ours, theirs = a.provenance, b.provenance
+    for what, one, other in (
+        ("engine", ours.versions.get(ENGINE, "unknown"), theirs.versions.get(ENGINE, "unknown")),
+        ("torch", ours.versions.get("torch"), theirs.versions.get("torch")),
+        ("students trained in", ours.precision.get("students"), theirs.precision.get("students")),
+    ):
+        if None not in (one, other) and one != other:
+            lines.append(f"{what}: {one} in A, {other} in B; what differs may owe to that.")
     for letter, record in (("A", a), ("B", b)):
         alone = [str(run.seed) for run in record.seeds if run.seed not in numbers]
         if alone:

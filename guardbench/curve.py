@@ -22,9 +22,9 @@ from guardbench.figures import new_figure, save_png
 from guardbench.imported import Imported
 from guardbench.metrics import wilson
 from guardbench.protocol import parse_fraction
+from guardbench.provenance import ENGINE_VERSION
 from guardbench.runtime import Run
 from guardbench.scoring import attack_batch
-from guardbench.scoring_plan import ENGINE_VERSION
 from guardbench.stages import StageFolder
 from guardbench.threat import Norm, ThreatModel
 

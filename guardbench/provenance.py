@@ -11,9 +11,11 @@ import torch
 import guardbench
 from guardbench.commit import commits_text
 from guardbench.devices import device_name
-from guardbench.records import Engine, Provenance
+from guardbench.records import ENGINE, Engine, Provenance
 from guardbench.runtime import Run
 
+ENGINE_VERSION = 6
+"""Part of the key of what attacks find: raised when their verdicts, or their checkpoints, may change."""
 PACKAGES = ("torch", "torchvision", "accelerate", "pyautoattack", "numpy", "pillow", "scikit-learn")
 
 
@@ -40,7 +42,8 @@ def provenance(
     return Provenance(
         guardbench=guardbench.__version__,
         commit=commits_text(commits),
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        versions={name: importlib.metadata.version(name) for name in PACKAGES}
+        | {ENGINE: str(ENGINE_VERSION)},
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         device=run.processes.times(device_name(run.device)),

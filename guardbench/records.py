@@ -23,6 +23,8 @@ RESERVED = ("clean", "worst_case")
 LabelKind = Literal["hard", "soft", "teacher"]
 Engine = Literal["guardbench", "reference"]
 """Whose loops run AutoAttack and Square: this package's, or pyautoattack's untouched."""
+ENGINE = "guardbench-engine"
+"""The name under which a record's versions hold that of this package's attacks; older records have none."""
 Reference = Literal["random", "hard", "plain", "random-plain"]
 """What a student is compared with (DD-Ranking, arXiv:2505.13300): one trained on a random subset of the
 same size in the same way, on the same images with hard labels, without augmentation, and on the random

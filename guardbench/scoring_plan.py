@@ -14,17 +14,24 @@ from guardbench.attacks.mim import MIM
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.searched import Precision
 from guardbench.attacks.spsa import SPSA
-from guardbench.checks import CHECKS_VERSION, COMPARED, IMAGES, QUERIES, RESTARTS, compared
+from guardbench.checks import (
+    CHECKS_VERSION,
+    COMPARED,
+    IMAGES,
+    QUERIES,
+    RESTARTS,
+    TARGETED,
+    compared,
+)
 from guardbench.devices import bf16_gains
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
 from guardbench.protocol import AttackSpec, Protocol
+from guardbench.provenance import ENGINE_VERSION
 from guardbench.records import Engine
 from guardbench.runtime import Run
 from guardbench.tier import measured
 
-ENGINE_VERSION = 6
-"""Part of the key of what attacks find: raised when their verdicts, or their checkpoints, may change."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""
 
@@ -40,6 +47,8 @@ class ScoringPlan:
         sample: images of the dev tier, None for the official one.
         search: the precision that attacks search in, `fp32` or `bf16`, where the classifier allows it.
         checks: the stage that looks for signs of misleading robustness.
+        targeted: the stage that attacks what black-box columns alone broke, for the `black-box` check; None
+            where the protocol has no columns that it compares.
     """
 
     seed: int
@@ -50,11 +59,13 @@ class ScoringPlan:
     clean: PlannedStage
     checks: PlannedStage
     attacks: tuple[PlannedStage, ...]
+    targeted: PlannedStage | None
 
     @property
     def stages(self) -> list[PlannedStage]:
         """In the order in which they run."""
-        return [self.clean, self.checks, *self.attacks]
+        last = [] if self.targeted is None else [self.targeted]
+        return [self.clean, self.checks, *self.attacks, *last]
 
 
 def plan_scoring(
@@ -122,7 +133,19 @@ def plan_scoring(
         folder = run.stage(f"{spec.name} {seed}", "attacks", words)
         passes = _passes(attack) - sum(_passes(built(protocol, each, engine)) for each in before)
         attacks.append(PlannedStage(folder, f"{count} images", count * passes, fp32=True))
-    return ScoringPlan(seed, position, engine, sample, search, clean, checks, tuple(attacks))
+    targeted = None
+    if "black-box" in compared(protocol):
+        passes = _passes(built(protocol, TARGETED, engine))
+        words = {"stage": "checks black-box", "version": CHECKS_VERSION, **on, "seed": seed,
+                 "columns": [stage.folder.key for stage in attacks], "search": search}  # fmt: skip
+        targeted = PlannedStage(
+            run.stage(f"checks black-box {seed}", "attacks", words),
+            "images that no gradient broke",
+            protocol.test.count / 100 * passes,
+            fp32=True,
+        )
+    columns = tuple(attacks)
+    return ScoringPlan(seed, position, engine, sample, search, clean, checks, columns, targeted)
 
 
 def built(protocol: Protocol, spec: AttackSpec, engine: Engine) -> Attack:

@@ -420,6 +420,25 @@ def test_what_a_reader_has_to_know_is_noted():
     )
 
 
+def test_another_engine_torch_or_precision_is_noted() -> None:
+    """Two rows of one protocol may owe their difference to it: an earlier engine broke fewer images."""
+
+    def made(versions: dict[str, str], students: str) -> ResultRecord:
+        changes = {"versions": versions, "precision": {"students": students, "attacks": "fp32"}}
+        return RECORD.model_copy(
+            update={"provenance": RECORD.provenance.model_copy(update=changes)}
+        )
+
+    earlier = made({"torch": "2.14"}, "fp32")
+    notes = compare(earlier, made({"torch": "2.15", "guardbench-engine": "6"}, "bf16")).notes
+    assert [note for note in notes if "may owe" in note] == [
+        "engine: unknown in A, 6 in B; what differs may owe to that.",
+        "torch: 2.14 in A, 2.15 in B; what differs may owe to that.",
+        "students trained in: fp32 in A, bf16 in B; what differs may owe to that.",
+    ]
+    assert not any("may owe" in note for note in compare(earlier, earlier).notes)
+
+
 # --- refusals
 
 
