@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
@@ -28,9 +29,19 @@ from guardbench.curvature import (
 )
 from guardbench.data.dataset import load_split
 from guardbench.diagnosed import Diagnosis
-from guardbench.diagnosis import Measure, measure, pgd_losses, pgd_of, terms_of
+from guardbench.diagnosis import (
+    Measure,
+    diagnose,
+    load_real,
+    measure,
+    open_distilled,
+    pgd_losses,
+    pgd_of,
+    terms_of,
+)
 from guardbench.distilled import save_distilled
 from guardbench.errors import GuardbenchError
+from guardbench.imported import describe
 from guardbench.models import build_model, save_weights
 from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
@@ -414,6 +425,36 @@ def test_the_verb_prints_what_it_writes(tmp_path: Path) -> None:
     assert printed("L sigma") == [f"{m.shift.terms.shift:.4g}" for m in found.models if m.shift]
     with Image.open(tmp_path / "out" / "diagnosis.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_of_the_training_images_themselves_sigma_is_zero_in_every_class(tmp_path: Path) -> None:
+    """And under each other's labels it is the distance between two classes."""
+    protocol = load_protocol("digits")
+    real = load_real(protocol, 12, train=True, data_dir=None, cache_dir=None, progress=Progress())
+    train = real.train
+    assert train is not None
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    x, y = train.batch(order), train.labels[order]
+    save_distilled(
+        tmp_path, images=x, hard=y, teacher=None, dataset="digits", ipc=0, method="full",
+        classes=train.classes, provenance={},
+    )  # fmt: skip
+    distilled = open_distilled(tmp_path, protocol, train)
+    model = build_model("convnet-d3-bn-small", channels=1, classes=10, resolution=8, seed=2).eval()
+    imported = describe(model, name="fresh", arch="-", sha="0" * 64, weights="-", said="-")
+    threat = protocol.threat.model
+    how = Measure(threat=threat, attack=PGD(threat=threat, steps=1), tolerance=1e-3, iterations=1)
+    means = torch.stack([features_of(model, x[y == k]).mean(0) for k in range(10)])
+    for turned in (0, 1):
+        of = replace(distilled, hard=(y + turned) % 10)
+        shift = diagnose(imported, real, of, how, Progress()).shift
+        assert shift is not None
+        assert [one.real for one in shift.classes] == y.bincount().tolist()
+        wanted = (means.roll(turned, 0) - means).norm(dim=1).tolist()
+        sigmas = [one.sigma for one in shift.classes]
+        assert sigmas == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+        assert shift.sigma == pytest.approx(fmean(wanted), rel=1e-3, abs=1e-6)
+        assert turned == 0 or min(one.sigma / one.spread for one in shift.classes) > 0.1
 
 
 def test_iterations_that_do_not_suffice_are_counted(tmp_path: Path) -> None:
