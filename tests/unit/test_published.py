@@ -1,5 +1,7 @@
 """Published cells: matched by method, dataset, IPC and column, and doubted where they contradict."""
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -90,6 +92,43 @@ def test_on_the_command_line() -> None:
     listed = runner.invoke(app, ["methods"], env={"COLUMNS": "200"})
     for name in method_names():
         assert name in listed.output
+
+
+def test_methods_tell_what_each_is_made_of_and_what_of_it_is_measured() -> None:
+    listed = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "1000"}).output
+    found = {}
+    for name, lines in re.findall(r"^(\S+): .*\n((?:  .*\n)+)", listed, re.MULTILINE):
+        found[name] = dict(line.strip().split(maxsplit=1) for line in lines.splitlines())
+        results = methods_folder() / name / "results"
+        for path in results.glob("*/*-seed0.json"):
+            assert f"{path.parent.name} {path.stem}" in found[name]["measured"]
+        if not results.exists():
+            assert found[name]["measured"] == "nothing yet"
+    assert list(found) == method_names()
+    for name, made_of in {
+        "guard": ("sre2l", "curvature", "arXiv:2403.10045"),
+        "sre2l": ("sre2l", "none", "arXiv:2306.13092"),
+        "dc-guard": ("dc", "curvature", "(GUARD on DC)"),
+    }.items():
+        words = found[name]
+        assert (words["distiller"], words["regulariser"]) == made_of[:2]
+        assert made_of[2] in words["source"]
+
+
+def test_a_method_shows_every_setting_of_its_recipes() -> None:
+    shown = CliRunner().invoke(app, ["methods", "sre2l"], env={"COLUMNS": "1000"}).output
+    recipes = dict(re.findall(r"^(\S+@\d+)\n((?:  .*\n)+)", shown, re.MULTILINE))
+    method = load_method("sre2l")
+    assert recipes.keys() == method.recipes.keys()
+    for key, text in recipes.items():
+        lines = text.splitlines()
+        assert f"  source       {method.recipes[key].source}" in lines
+        for table, words in method.recipes[key].params.items():
+            for word, value in words.items():
+                assert f"  {table}.{word} = {value}" in lines
+        assert any(line.startswith("  recover.r_bn = ") for line in lines)
+    assert "  regulariser.kind = none" in recipes["digits@8"].splitlines()
+    assert "  recover.r_bn = 0.1" in recipes["digits@8"].splitlines()
 
 
 @pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b", "c"], ["--paper", "--json", "x", "a"]])
