@@ -91,14 +91,14 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     sample = sample_size(protocol, classes, request.tier, request.images)
     locate(protocol.dataset, request.data_dir, cache_dir=request.cache_dir)
     accelerator = make_accelerator(request.device, "fp32", protocol.resolution)
-    check_writable(request.output)
     run = Run(
         accelerator=accelerator, workspace=request.output, seed=request.seed, progress=progress
     )
+    run.processes.from_main(lambda: check_writable(request.output))
     engines_used(protocol, request.engine)  # refuses an attack that cannot be built
     imported = open_classifier(request.source, protocol, run.device, request.cache_dir)
     prepared = Prepared(request, protocol, run, imported, sample)
-    _refuse_another(prepared)
+    run.processes.from_main(lambda: _refuse_another(prepared))
     return prepared
 
 

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from guardbench.cli.options import Arch, CacheDir, DataDir, Device, Normalisation, Python, Weights
+from guardbench.cli.options import (
+    Arch,
+    CacheDir,
+    DataDir,
+    Device,
+    Normalisation,
+    Python,
+    Weights,
+    require_alone,
+)
 from guardbench.errors import GuardbenchError
 
 
@@ -87,6 +96,7 @@ def curve(
     from guardbench.runtime import Run
     from guardbench.store import check_writable, explained
 
+    require_alone("curve")
     source = Source(
         weights=weights, arch=arch, python=python, normalisation=normalisation, name=name
     )

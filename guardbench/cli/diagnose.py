@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guardbench.cli.options import Arch, CacheDir, DataDir, Device, Normalisation, Python, Weights
+from guardbench.cli.options import (
+    Arch,
+    CacheDir,
+    DataDir,
+    Device,
+    Normalisation,
+    Python,
+    Weights,
+    require_alone,
+)
 from guardbench.errors import GuardbenchError
 
 if TYPE_CHECKING:
@@ -91,6 +100,7 @@ def diagnose(
     from guardbench.progress import Progress
     from guardbench.store import check_writable
 
+    require_alone("diagnose")
     first = Source(
         weights=weights, arch=arch, python=python, normalisation=normalisation, name=name
     )

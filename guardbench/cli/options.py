@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from guardbench.errors import GuardbenchError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -128,6 +130,12 @@ def process_rank() -> int:
     # A RANK without others is left over from another command.
     rank = os.environ.get("RANK", "0")
     return int(rank) if several_processes() and rank.isdecimal() else 0
+
+
+def require_alone(verb: str) -> None:
+    """Refuses a verb that each of several processes would do from end to end, all writing the same files."""
+    if several_processes():
+        raise GuardbenchError(f"guardbench {verb} is one process: run it without a launcher.")
 
 
 def several_processes() -> bool:

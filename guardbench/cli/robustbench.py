@@ -15,6 +15,7 @@ from guardbench.cli.options import (
     Normalisation,
     Python,
     Weights,
+    require_alone,
 )
 from guardbench.errors import GuardbenchError
 
@@ -61,6 +62,7 @@ def benchmark(
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
 
+    require_alone("robustbench benchmark")
     source = Source(weights=weights, arch=arch, python=python, normalisation=normalisation)
     source.require_one()
     chosen = choose_protocol(None, protocol)
@@ -138,6 +140,7 @@ def corruptions(
     from guardbench.pipeline import choose_protocol
     from guardbench.progress import Progress
 
+    require_alone("robustbench corruptions")
     source = Source(weights=weights, arch=arch, python=python, normalisation=normalisation)
     source.require_one()
     chosen = choose_protocol(None, protocol)

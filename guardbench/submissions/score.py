@@ -186,7 +186,6 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
     """
     if settings.publish and (settings.tier == "dev" or settings.smoke):
         raise GuardbenchError("--publish: a dev record is unofficial; publish without --tier dev.")
-    check_workspace(settings.output)
     report, real = check_submission(
         settings.folder,
         data_dir=settings.data_dir,
@@ -209,12 +208,9 @@ def plan_score(settings: Settings, progress: Progress) -> Scoring:
         raise GuardbenchError(
             f"--publish: put the submission into {checkout / 'submissions' / form.name} first."
         )
-    run = Run(
-        accelerator=make_accelerator(settings.device, settings.precision, protocol.resolution),
-        workspace=settings.output,
-        seed=0,
-        progress=progress,
-    )
+    accelerator = make_accelerator(settings.device, settings.precision, protocol.resolution)
+    run = Run(accelerator=accelerator, workspace=settings.output, seed=0, progress=progress)
+    run.processes.from_main(lambda: check_workspace(settings.output))
     # What students see of it: a mended title or address trains nobody anew.
     words = {
         "stage": "submission",

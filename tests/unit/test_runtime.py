@@ -1,5 +1,6 @@
 """Stages on disk, devices, seeds and the progress of a run."""
 
+import contextlib
 import errno
 import io
 import json
@@ -15,20 +16,26 @@ import pytest
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from typer.testing import CliRunner
 
 import guardbench
-from guardbench import canonical, devices, interrupts, models, stages
+from guardbench import assessment, canonical, devices, interrupts, models, stages
+from guardbench.classifiers import Source
+from guardbench.cli import app
 from guardbench.commit import checkout_commit, commits_text
 from guardbench.devices import effective_precision, make_accelerator
 from guardbench.errors import GuardbenchError
 from guardbench.labels import LabelStore
 from guardbench.models import load_weights, save_weights
+from guardbench.processes import Processes
 from guardbench.progress import Progress, clock
+from guardbench.protocol import load_protocol
 from guardbench.runtime import Run, check_finite
 from guardbench.scoring import Costs
 from guardbench.sealed import write_sealed
 from guardbench.stages import StageFolder
 from guardbench.store import explained
+from guardbench.submissions import score as submission
 
 CPU = torch.device("cpu")
 
@@ -658,3 +665,62 @@ def test_without_locks_nothing_that_may_be_another_runs_is_removed(
         assert stored is None
         assert folder.begin(CPU) is None
         assert not (folder.path / "labels-0").exists()
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("verb", ["evaluate", "submission score"])
+def test_only_the_first_process_needs_the_workspace(
+    tmp_path, monkeypatch, verb: str, main: bool
+) -> None:
+    (tmp_path / "file").touch()
+    save_weights(
+        models.build_model("convnet-d3", channels=1, classes=10, resolution=8, seed=0),
+        tmp_path / "w.safetensors",
+    )
+    words = {
+        "protocol": "digits", "engine": "guardbench", "tier": "official", "images": None, "device": "cpu",
+        "data_dir": None, "cache_dir": None, "output": tmp_path / "file" / "runs",
+    }  # fmt: skip
+
+    def evaluate() -> None:
+        named = {"weights": tmp_path / "w.safetensors", "arch": "convnet-d3"}
+        source = Source(**named, python=None, normalisation=None)
+        assessment.prepare(
+            assessment.Request(**words, source=source, student=0, seed=0), Progress()
+        )
+
+    def submission_score() -> None:
+        report = SimpleNamespace(form=SimpleNamespace(), content=(), problems=())
+        monkeypatch.setattr(submission, "check_submission", lambda *_, **__: (report, ()))
+        monkeypatch.setattr(submission, "_protocol", lambda *_: load_protocol("digits"))
+        more = {"folder": tmp_path, "precision": "fp32", "publish": False, "references": False}
+        submission.plan_score(submission.Settings(**words, **more, smoke=False), Progress())
+
+    begin = {"evaluate": evaluate, "submission score": submission_score}[verb]
+    if main:
+        with pytest.raises(GuardbenchError, match="cannot be written"):
+            begin()
+        return
+    monkeypatch.setattr(Processes, "from_main", lambda *_: None)
+    with contextlib.suppress(AttributeError):  # the form of this submission says nothing
+        begin()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["curve", "--protocol", "digits"],
+        ["diagnose", "--protocol", "digits"],
+        ["robustbench", "benchmark", "--protocol", "digits"],
+        ["robustbench", "corruptions", "--protocol", "digits", "--folder", "here"],
+    ],
+)
+def test_a_verb_that_all_processes_would_do_is_refused_under_a_launcher(
+    tmp_path, monkeypatch, words
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = CliRunner().invoke(app, words)
+    assert isinstance(found.exception, GuardbenchError)
+    assert "is one process: run it without a launcher" in str(found.exception)
+    assert not [*tmp_path.iterdir()]
