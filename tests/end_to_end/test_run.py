@@ -169,6 +169,17 @@ BAD = {
     "both": (["--method", "guard", "--dataset", "digits", "--protocol", "cifar10"], "drop one"),
     "ipc": (["--method", "guard", "--dataset", "digits", "--ipc", "7"], "1, 10, 50, 100"),
     "no protocol": (["--method", "guard", "--dataset", "cifar100"], "no protocol measures"),
+    "field": (
+        ["--method", "guard", "--dataset", "digits", "--set", "squeeze.epoch=5"],
+        "Did you mean squeeze.epochs",
+    ),
+    "no recipe": (
+        ["--method", "dsa", "--protocol", "imagenette"], "no recipe for imagenette@224; it has cifar10",
+    ),
+    "no recipe for the ipc": (
+        ["--method", "mtt", "--protocol", "cifar10-convnet", "--ipc", "100"],
+        "for IPC 100; it has IPC 1, 10, 50.",
+    ),
     "folder": (
         ["--method", "guard", "--dataset", "imagenette", "--data-dir", "nowhere"], "nowhere",
     ),
@@ -200,6 +211,17 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, name: str) -> None:
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stdout + result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_teacher_that_diverges_is_one_line_and_no_stage_is_finished(tmp_path) -> None:
+    result = guardbench(*quick(tmp_path, "--set", "squeeze.lr=1e30"), cwd=tmp_path)
+    assert result.returncode == 2
+    assert re.fullmatch(
+        r"error: squeeze, epoch 1, step \d+: .*--set squeeze.lr=0.01\.\n", result.stderr
+    )
+    assert "Traceback" not in result.stdout
+    left = [path for path in (tmp_path / "guardbench-runs").rglob("*") if path.is_file()]
+    assert left == []
 
 
 def test_what_the_system_refuses_to_read_is_one_line(tmp_path) -> None:
