@@ -41,16 +41,20 @@ def make_accelerator(
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: of training and distillation (official attacks are float32 whatever it is).
-            `auto` is bf16 where the device gains by it, float32 elsewhere. `fp16` scales the losses of
-            networks, see `Run.scaler`, and leaves in float32 what is optimised without one: images.
+            `auto` is what `accelerate launch --mixed_precision` says; where that is `no`, as it also is where
+            nobody has said it, bf16 where the device gains by it, float32 elsewhere. `fp16` scales the
+            losses of networks, see `Run.scaler`, and leaves in float32 what is optimised without one: images.
         resolution: side of the images in pixels.
         trackers: `tensorboard`, `wandb`: who is told the losses of training, see `Run.log`.
         folder: where trackers write.
 
     Raises:
         GuardbenchError: the device is not there, or cannot do the precision, or a tracker is unknown or
-            not installed.
+            not installed, or the launcher asks for gradient accumulation.
     """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision == "auto" and launched != "no":
+        precision = launched
     if precision not in PRECISIONS:
         raise GuardbenchError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}.")
     kind = _check_device(device)
@@ -76,6 +80,12 @@ def make_accelerator(
             raise GuardbenchError(
                 f"--log-with {name}: it is not installed; python -m pip install {name}."
             )
+    accumulate = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulate != "1":
+        raise GuardbenchError(
+            f"the launcher's gradient_accumulation_steps {accumulate}: a recipe says in how many parts a "
+            f"batch is taken; leave that out, and add --set squeeze.accumulate={accumulate}."
+        )
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=mixed,
@@ -123,6 +133,18 @@ def bf16_gains(kind: str, resolution: int) -> bool:
     flags = Path("/proc/cpuinfo")
     text = flags.read_text() if kind == "cpu" and flags.is_file() else ""
     return _gains(kind, resolution, native=native, flags=text)
+
+
+def precision_support(kind: str) -> dict[str, str]:
+    """How this machine's device of that kind computes in each precision that `--precision` names.
+
+    `native`; `emulated`, so no faster than fp32; or `absent`, so that a run cannot have it.
+    """
+    bf16 = "native" if bf16_gains(kind, SMALL_RESOLUTION) else "emulated"
+    old_gpu = kind == "cuda" and not torch.cuda.is_bf16_supported()
+    if old_gpu or (kind == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)):
+        bf16 = "absent"
+    return {"fp32": "native", "bf16": bf16, "fp16": "native" if kind == "cuda" else "absent"}
 
 
 def _gains(kind: str, resolution: int, *, native: bool, flags: str) -> bool:

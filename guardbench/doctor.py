@@ -200,9 +200,11 @@ def _cores() -> int:
 
 def precision(device: str) -> Iterator[Line]:
     """What `--precision auto` means here, and whether float32 is really float32, as official numbers need."""
-    from guardbench.devices import bf16_gains, make_accelerator
+    from guardbench.devices import bf16_gains, make_accelerator, precision_support
 
     where = make_accelerator(device, "fp32", SIDE).device
+    words = ", ".join(f"{name} {how}" for name, how in precision_support(where.type).items())
+    yield Line("precisions", "green", f"{words}, on {where.type}")
     gains = bf16_gains(where.type, SIDE)
     found = f"training in {'bf16' if gains else 'fp32'} by --precision auto, attacks in fp32"
     if where.type == "cuda" and not gains:
@@ -347,7 +349,7 @@ def disk(places: Places) -> Iterator[Line]:
 
 
 def writable(places: Places) -> Iterator[Line]:
-    """Whether results and caches can be written."""
+    """Whether results and caches can be written, and files be locked there."""
     from huggingface_hub.constants import HF_HOME
 
     from guardbench.data.files import CACHE_VARIABLE, cache_root
@@ -373,6 +375,25 @@ def writable(places: Places) -> Iterator[Line]:
             yield Line(f"write {name}", "red", f"{folder}: {error.strerror}", remedy, vital)
         else:
             yield Line(f"write {name}", "green", str(folder))
+            if name != "Hugging Face cache":
+                yield _lockable(name, folder, there)
+
+
+def _lockable(name: str, folder: Path, there: Path) -> Line:
+    """Whether a process can keep others from a file in `there`, which `folder` is or will be made in."""
+    from guardbench.locks import locked
+
+    with (
+        tempfile.TemporaryDirectory(prefix=".guardbench-", dir=there) as inside,
+        locked(Path(inside) / ".lock", lambda _: None) as held,
+    ):
+        if held:
+            return Line(f"locks {name}", "green", f"files can be locked in {folder}")
+    remedy = "give each run a folder of its own, or choose one on a disk with locks (Lustre: mount -o flock)"
+    found = (
+        f"{folder}: no file locks there, so two runs at a time would do the same twice, or mix it"
+    )
+    return Line(f"locks {name}", "yellow", found, remedy)
 
 
 def _there(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """The doctor: each kind of line at its worst, what strangers may read of it, and its exit code."""
 
+import errno
 import json
 from email.message import Message
 from importlib import metadata
@@ -11,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from guardbench import doctor
+from guardbench import doctor, locks
 from guardbench.attacks import robustbench
 from guardbench.cli import app
 from guardbench.doctor import Line, Places, examine, private
@@ -222,3 +223,47 @@ def test_the_exit_code_says_whether_the_digits_can_be_run(
     words = json.loads(found.output)
     assert words["digits_can_be_run"] == (code == 0)
     assert words["lines"][0]["state"] == line.state
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "units", "tensors", "expected"),
+    [
+        ("cpu", "avx2", False, False, "fp32 native, bf16 emulated, fp16 absent, on cpu"),
+        ("cpu", "avx2 amx_bf16", False, False, "fp32 native, bf16 native, fp16 absent, on cpu"),
+        ("cuda", "", True, True, "fp32 native, bf16 native, fp16 native, on cuda"),
+        ("cuda", "", False, True, "fp32 native, bf16 emulated, fp16 native, on cuda"),
+        ("cuda", "", False, False, "fp32 native, bf16 absent, fp16 native, on cuda"),
+    ],
+)
+def test_each_precision_is_native_emulated_or_absent(
+    monkeypatch, kind: str, flags: str, units: bool, tensors: bool, expected: str
+) -> None:
+    """As of a GPU with bf16 units, of one on which torch emulates them, and of one without either."""
+    device = SimpleNamespace(device=torch.device(kind))
+    monkeypatch.setattr("guardbench.devices.make_accelerator", lambda *_: device)
+    monkeypatch.setattr("guardbench.devices.Path.read_text", lambda _: flags)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: tensors if including_emulation else units,
+    )
+    monkeypatch.setattr(doctor, "_product_error", lambda _: 0.0)
+    assert by_name(doctor.precision(kind))["precisions"].found == expected
+
+
+def test_a_folder_without_file_locks_is_yellow_and_says_what_to_do(
+    places, tmp_path, monkeypatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    names = ("locks workspace", "locks cache")
+    assert [by_name(doctor.writable(places))[name].state for name in names] == ["green"] * 2
+    monkeypatch.setattr(locks.fcntl, "flock", refuses)
+    found = by_name(doctor.writable(places))
+    for name, option in zip(names, ("runs", "cache"), strict=True):
+        assert found[name].state == "yellow"
+        assert option in found[name].found
+        assert "a folder of its own" in found[name].remedy
+    assert found["write workspace"].state == "green"
+    assert list(tmp_path.iterdir()) == []

@@ -724,3 +724,43 @@ def test_a_verb_that_all_processes_would_do_is_refused_under_a_launcher(
     assert isinstance(found.exception, GuardbenchError)
     assert "is one process: run it without a launcher" in str(found.exception)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched", "effective"),
+    [
+        ("auto", "bf16", "bf16"),
+        ("auto", "no", "fp32"),
+        ("fp32", "bf16", "fp32"),
+        ("bf16", "no", "bf16"),
+    ],
+)
+def test_a_launchers_mixed_precision_counts_where_the_command_says_none(
+    monkeypatch, asked: str, launched: str, effective: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert effective_precision(make_accelerator("cpu", asked, 8)) == effective
+
+
+def test_a_launcher_that_names_no_precision_leaves_it_to_the_device(monkeypatch) -> None:
+    """`accelerate launch` says `no` to its processes where nobody has said anything."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(devices, "bf16_gains", lambda *_: True)
+    assert effective_precision(make_accelerator("cpu", "auto", 64)) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MIXED_PRECISION", "fp16", "fp16: for GPUs without bf16"),
+        ("MIXED_PRECISION", "fp8", "fp8: choose one of"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", r"steps 4: .*--set squeeze\.accumulate=4"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_one_line(
+    monkeypatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(GuardbenchError, match=said) as caught:
+        make_accelerator("cpu", "auto", 8)
+    assert "\n" not in str(caught.value)
