@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guardbench.attacks.base import Attack, frozen, rounding
+from guardbench.attacks.fab import FAB
 from guardbench.attacks.fgsm import FGSM
 from guardbench.attacks.pgd import PGD
 from guardbench.attacks.square import Square
 from guardbench.attacks.stream import Fitting, gradient_of
 from guardbench.errors import GuardbenchError
 from guardbench.meaning import MEANING
-from guardbench.protocol import Protocol
-from guardbench.records import Check, SeedRun
+from guardbench.protocol import AttackSpec, Protocol
+from guardbench.records import Check, Outcome, SeedRun
 from guardbench.threat import ThreatModel
 
 CHECKS_VERSION = 5
@@ -44,8 +45,16 @@ WHITE_BOX = (*MULTI_STEP, "fab")
 """Of the attacks that see gradients, those that many queries should not beat."""
 
 
+FIRST = ("random-answers", "batch-dependence", "probabilities", "zero-gradients", "saturated")
+"""The checks that attack nothing."""
 COMPARED = {"black-box": (BLACK_BOX, WHITE_BOX), "single-step": (SINGLE_STEP, MULTI_STEP)}
 """By the check's name, the kinds of attack that should break less, and those that should break more."""
+LEAST_LEAD = 0.002
+"""A lead of fewer images means little, whatever chance says: pyautoattack's 0.2 points."""
+TARGETED = AttackSpec(name="fab-t", kind="fab")
+"""What images meet that black-box attacks alone have broken: an honest model may need a targeted attack,
+so only those that withstand this one too are held against it. Of AutoAttack's two it is the one that
+starts at the image itself: a random start for each target is a black-box attack of its own."""
 QUERIES = 500
 """Of Square, where a protocol has no black-box column."""
 UNBOUNDED = PGD(
@@ -77,7 +86,8 @@ def inspect(
         threat: the ball of the protocol; in l1, for which there is no PGD here, nothing is compared.
         seed: of the random starts.
         compare: names in `COMPARED` for which the protocol has no columns, so that PGD-20 with ten
-            restarts is compared here: with Square (500 queries; in l-inf) and with FGSM.
+            restarts is compared here: with Square (500 queries; in l-inf), with FAB-T on what Square alone
+            breaks, and with FGSM.
         gather: puts together what several processes have found, each of its own images; all of them call
             it alike.
 
@@ -94,6 +104,7 @@ def inspect(
             "batch-dependence": _check(looked["batch-dependence"], 0.0),
             "probabilities": _check(looked["probabilities"], 0.5),
             "zero-gradients": _check(looked["zero-gradients"], 0.02),
+            "saturated": _check(looked["saturated"], 0.1),
         }
         if found["zero-gradients"].value == 1:
             return found  # an attack along gradients would say the same again
@@ -102,9 +113,10 @@ def inspect(
     found["unbounded"] = _check(looked["unbounded"], chance)
     if "restarts" in looked:
         found["restarts"] = _check(looked["restarts"] & ~looked["once"], 0.1)
-    for name in ("single-step", "black-box"):
-        if name in looked:
-            found[name] = _lead(looked[name], looked["restarts"])
+    if "single-step" in looked:
+        found["single-step"] = _lead(looked["single-step"], looked["restarts"])
+    if "black-box" in looked:
+        found["black-box"] = _lead(looked["black-box"], looked["restarts"] | looked["targeted"])
     return found
 
 
@@ -112,8 +124,7 @@ def _first_look(model: nn.Module, x: Tensor, y: Tensor) -> Looked:
     """The checks that attack nothing."""
     if not len(x):
         none = torch.zeros(0, dtype=torch.bool)
-        names = ("random-answers", "batch-dependence", "probabilities", "zero-gradients")
-        return {**dict.fromkeys(names, none), "classes": none.long()}
+        return {**dict.fromkeys(FIRST, none), "classes": none.long()}
     fitting = Fitting()
 
     def ask(images: Tensor) -> tuple[Tensor, ...]:
@@ -129,6 +140,8 @@ def _first_look(model: nn.Module, x: Tensor, y: Tensor) -> Looked:
         "batch-dependence": _differ(logits, first),
         "probabilities": _probabilities(logits),
         "zero-gradients": _zero_gradients(model, x, y, fitting),
+        # Where the loss is exactly 0, so is the part of its gradient that lowers the label's logit.
+        "saturated": F.cross_entropy(logits, y, reduction="none") == 0,
         "classes": torch.full((len(x),), logits.shape[1]),
     }
 
@@ -154,6 +167,9 @@ def _attacked(
         found["single-step"] = fooled(FGSM(threat=threat))
     if "black-box" in compare and threat.norm == "linf":
         found["black-box"] = fooled(Square(threat=threat, queries=QUERIES))
+        rest = (found["black-box"] & ~found["restarts"]).nonzero().squeeze(1)
+        found["targeted"] = torch.zeros_like(found["black-box"])
+        found["targeted"][rest] = _fooled(model, FAB(threat=threat), x[rest], y[rest], seed)
     return found
 
 
@@ -171,21 +187,39 @@ def compared(protocol: Protocol) -> set[str]:
     return found
 
 
-def judge(seed: SeedRun, protocol: Protocol) -> dict[str, Check]:
+def alone(seed: SeedRun, protocol: Protocol) -> Outcome:
+    """Which images the black-box columns broke and no white-box one did; True for these.
+
+    For a protocol that has columns of both kinds (`compared`).
+    """
+    first, pairs = _survivors(seed, protocol, "black-box")
+    ahead, behind = first - seed.clean.first, seed.clean.end - first - len(pairs)
+    found = [pair == (False, True) for pair in pairs]
+    return Outcome.from_flags([False] * ahead + found + [False] * behind, first=seed.clean.first)
+
+
+def judge(seed: SeedRun, protocol: Protocol, standing: Outcome | None = None) -> dict[str, Check]:
     """The checks that compare what attacks of the protocol found, on the images they share.
 
     The value is by how much robust accuracy under the stronger kind exceeds that under the weaker
     one, as a share of the images; the stronger kind should not be the milder. A few images mean
     nothing: Square breaks some that PGD misses on honest models too. So the limit is the largest
-    difference that a fair coin for each image on which the two differ gives in all but 1% of cases.
+    difference that a fair coin for each image on which the two differ gives in all but 1% of cases,
+    and at least `LEAST_LEAD`.
+
+    Args:
+        standing: which of the images of `alone` withstand `TARGETED`; the others count as broken by
+            white-box attacks too. None: all of them do.
     """
-    kinds = {spec.name: spec.kind for spec in protocol.attacks}
     found, wanted = {}, compared(protocol)
-    for name, (weak, strong) in COMPARED.items():
-        weaker = [attack for attack in seed.attacks if kinds[attack] in weak]
-        stronger = [attack for attack in seed.attacks if kinds[attack] in strong]
-        if name in wanted and weaker and stronger:
-            found[name] = _milder(seed, weaker, stronger)
+    for name in COMPARED:
+        if name in wanted and all(_sides(seed, protocol, name)):
+            first, pairs = _survivors(seed, protocol, name)
+            milder = [first + place for place, pair in enumerate(pairs) if pair == (False, True)]
+            if name == "black-box" and standing is not None:
+                still = standing.flags()
+                milder = [image for image in milder if still[image - standing.first]]
+            found[name] = _compared(len(milder), pairs.count((True, False)), len(pairs))
     return found
 
 
@@ -224,25 +258,18 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor, fitting: Fitting) -> Tensor:
-    """Images whose cross-entropy leads an attack nowhere, bool [n].
-
-    Its gradient is 0 or not finite (from a NaN, whose sign is 0, no attack takes a step either), or the
-    label's probability rounds to 1, in float32 from a margin of about 16.6 on: then the part of the
-    gradient that lowers the label's logit is exactly 0, and what is left climbs the other logits alone.
-    """
-
     def differentiate(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         point = images.detach().clone().requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(model(point), labels, reduction="none")
-        return gradient_of(loss, point), loss.detach() == 0
+            loss = F.cross_entropy(model(point), labels, reduction="sum")
+        return (gradient_of(loss, point),)
 
     try:
-        gradient, saturated = fitting(differentiate, x, y)
+        (gradient,) = fitting(differentiate, x, y)
     except GuardbenchError:  # none reaches any image
         return torch.ones(len(x), dtype=torch.bool)
-    gradient = gradient.flatten(1)
-    return saturated | (gradient == 0).all(1) | ~gradient.isfinite().all(1)
+    # From a NaN, whose sign is 0, no attack takes a step either.
+    return (gradient.flatten(1) == 0).all(1) | ~gradient.flatten(1).isfinite().all(1)
 
 
 def _fooled(model: nn.Module, attack: Attack, x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -276,24 +303,32 @@ def _lead(weaker: Tensor, stronger: Tensor) -> Check:
     return _compared(int((weaker & ~stronger).sum()), int((stronger & ~weaker).sum()), len(weaker))
 
 
-def _milder(seed: SeedRun, weaker: list[str], stronger: list[str]) -> Check:
-    """Accuracy under all of `stronger` minus that under all of `weaker`, on the images they share."""
-    outcomes = [seed.attacks[name] for name in (*weaker, *stronger)]
+def _sides(seed: SeedRun, protocol: Protocol, name: str) -> list[list[Outcome]]:
+    """What the attacks of the weaker and of the stronger kind found."""
+    kinds = {spec.name: spec.kind for spec in protocol.attacks}
+    return [
+        [found for attack, found in seed.attacks.items() if kinds[attack] in side]
+        for side in COMPARED[name]
+    ]
+
+
+def _survivors(seed: SeedRun, protocol: Protocol, name: str) -> tuple[int, list[tuple[bool, ...]]]:
+    """The first image that all attacks of both kinds share, and of it and those behind it whether they
+    survive the weaker kind, and the stronger."""
+    sides = _sides(seed, protocol, name)
+    outcomes = [outcome for side in sides for outcome in side]
     first, end = max(o.first for o in outcomes), min(o.end for o in outcomes)
 
-    def survivors(names: list[str]) -> list[bool]:
-        found = [seed.attacks[name] for name in names]
-        flags = [one.flags()[first - one.first :][: end - first] for one in found]
+    def survive(side: list[Outcome]) -> list[bool]:
+        flags = [one.flags()[first - one.first :][: end - first] for one in side]
         return [all(image) for image in zip(*flags, strict=True)]
 
-    pairs = list(zip(survivors(weaker), survivors(stronger), strict=True))
-    milder, harsher = pairs.count((False, True)), pairs.count((True, False))
-    return _compared(milder, harsher, end - first)
+    return first, list(zip(*map(survive, sides), strict=True))
 
 
 def _compared(milder: int, harsher: int, images: int) -> Check:
     """A check from how many images the stronger kind spared and the weaker broke, and the reverse."""
-    limit = _by_chance(milder + harsher) / images
+    limit = max(LEAST_LEAD, _by_chance(milder + harsher) / images)
     return Check(value=(milder - harsher) / images, limit=limit, images=images)
 
 

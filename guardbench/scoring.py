@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guardbench import canonical
 from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import (
     LOGIT_NOISE,
@@ -39,7 +40,9 @@ from guardbench.canonical import derive_seed
 from guardbench.checks import (
     COMPARED,
     IMAGES,
+    TARGETED,
     UNSTEADY,
+    alone,
     compared,
     inspect,
     judge,
@@ -117,7 +120,7 @@ def score(
     with costs.of(plan.checks):
         checks = _inspect(run, protocol, plan, model, x, y, clean, made_from)
     unsteady = [name for name in UNSTEADY if name in checks and checks[name].flagged]
-    left = any(stage.folder.finished() is None for stage in plan.attacks)
+    left = any(stage.folder.finished() is None for stage in plan.stages)
     fast = search_model(model, x[:8].to(run.device), plan.search) if left else (model, plan.search)
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
@@ -133,7 +136,20 @@ def score(
                 )  # fmt: skip
             outcomes[spec.name] = Outcome.model_validate(stored["outcome"])
     scored = SeedRun(seed=plan.seed, clean=clean, attacks=outcomes)
-    return scored.model_copy(update={"checks": {**checks, **judge(scored, protocol)}})
+    standing = None
+    if (last := plan.targeted) is not None:
+        found = alone(scored, protocol)
+        # Made anew where other images are alone now.
+        of = canonical.digest([made_from, found.model_dump(mode="json")])
+        with costs.of(last), last.folder.claimed(of) as stored:
+            if stored is None:
+                stored = _attack(
+                    run, protocol, TARGETED, plan, last.folder, model, *fast, x, y, found, {},
+                    steady=not unsteady,
+                )  # fmt: skip
+            standing = Outcome.model_validate(stored["outcome"])
+    judged = judge(scored, protocol, standing)
+    return scored.model_copy(update={"checks": {**checks, **judged}})
 
 
 def images_at_a_time(attack: Attack, x: Tensor) -> int:
