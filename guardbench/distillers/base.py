@@ -116,6 +116,12 @@ def read_params(task: Task, family: type[P]) -> P:
     return checked(family, task.recipe.params, where=f"{where}: {recipe}", inside="params.")
 
 
+def to_lower(task: Task, setting: str) -> str:
+    """What to do about a loss that diverges: lower `setting`, a learning rate, or what else pulls."""
+    weight = " or regulariser.weight" if "weight" in task.recipe.regulariser else ""
+    return f"lower {setting}{weight}, as by --set {setting}=0.01"
+
+
 def tables(family: type[Strict]) -> dict[str, type[Strict]]:
     """The tables that a distiller's `params` consist of, optional ones too, by their names."""
     found = {}

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from guardbench.data.augment import apply_crops, draw_crops, draw_flips
 from guardbench.data.dataset import RealDataset
-from guardbench.distillers.base import PlannedStage, Task
+from guardbench.distillers.base import PlannedStage, Task, to_lower
 from guardbench.errors import GuardbenchError, brief
 from guardbench.fields import Name, Strict
 from guardbench.models import Classifier, batch_norms, build_model
@@ -264,7 +264,7 @@ class _Training:
             self.optimizer,
             (loss + penalty) / batch.scale,
             f"expert {self.number}, epoch {epoch + 1}, step {step + 1}",
-            "lower experts.lr or regulariser.weight, as by --set experts.lr=0.01",
+            to_lower(task, "experts.lr"),
         )
         if params.ema:
             self.average.lerp_(self.flat.weights(), 1 - params.ema)

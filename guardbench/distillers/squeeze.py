@@ -16,7 +16,7 @@ from torch import Tensor
 from guardbench.batch_norm import synchronised
 from guardbench.data.augment import apply_crops, draw_crops, draw_flips
 from guardbench.data.dataset import RealDataset
-from guardbench.distillers.base import PlannedStage, Task
+from guardbench.distillers.base import PlannedStage, Task, to_lower
 from guardbench.errors import GuardbenchError
 from guardbench.fields import Name, Strict
 from guardbench.models import Classifier, build_model, load_trained, save_weights
@@ -159,7 +159,7 @@ def _train_teacher(
                     optimizer,
                     loss + penalty,
                     f"squeeze, epoch {epoch + 1}, step {step + 1}",
-                    "lower squeeze.lr or regulariser.weight, as by --set squeeze.lr=0.01",
+                    to_lower(task, "squeeze.lr"),
                 )
                 bar.advance(
                     1, f"epoch {epoch + 1}/{params.epochs} loss {value:.3f} penalty {penalty:.3f}"
