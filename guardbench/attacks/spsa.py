@@ -23,7 +23,8 @@ class SPSA:
 
     Each step asks the model `2 * samples` times: `g = mean((f(x + delta v) - f(x - delta v)) / (2 delta) v)`
     over random signs `v`, with `f` the margin of the label; Adam descends it and the iterate is
-    projected onto the ball. Costs `2 * samples * steps` answers an image that survives.
+    projected onto the ball. Costs `2 * samples * steps` answers an image that survives. Unlike the
+    paper's, probes are clipped to [0, 1]: a model may refuse what is no image.
 
     Attributes:
         threat: the ball; l-inf or l2.
@@ -89,7 +90,7 @@ class _Search:
         noise = content_noise(one["x"], self.seed, "probes", step, shape=shape)[0]
         signs = torch.where(noise < 0, -1.0, 1.0).to(noise)
         delta, lr = attack.delta * self.radius, attack.lr * self.radius
-        probes = one["adv"] + delta * torch.cat([signs, -signs])
+        probes = (one["adv"] + delta * torch.cat([signs, -signs])).clamp(0, 1)
         labels = one["y"].expand(len(probes))
         (margins,) = self.fitting(
             lambda some, truth: (margin_of(model(some), truth).to(some),), probes, labels

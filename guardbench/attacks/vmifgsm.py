@@ -24,7 +24,8 @@ class VMIFGSM:
     Wang & He, "Enhancing the transferability of adversarial attacks through variance tuning", CVPR 2021
     (arXiv:2103.15571), algorithm 1, with steps of `eps / steps`. Made to transfer; against the model
     itself each step costs `neighbours + 1` gradients. An image counts as broken at the first iterate
-    that is misclassified (see `search`).
+    that is misclassified (see `search`). Unlike the paper's, neighbours are clipped to [0, 1]: a model may
+    refuse what is no image.
 
     Attributes:
         threat: the ball; l-inf or l2.
@@ -69,7 +70,8 @@ class VMIFGSM:
                 around = torch.zeros_like(gradient)
                 for number in range(self.neighbours):
                     noise = content_noise(x, seed, "neighbours", rows["age"], number)
-                    (found,) = fitting(partial(_gradient, model), point + reach * noise, rows["y"])
+                    near = (point + reach * noise).clamp(0, 1)
+                    (found,) = fitting(partial(_gradient, model), near, rows["y"])
                     around += found
                 variance = around / self.neighbours - gradient
             point = project(ahead, x, self.threat)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from guardbench.attacks.base import Attack, run_verified
+from guardbench.attacks.build import ATTACKS as KINDS
+from guardbench.attacks.build import build_attack
 from guardbench.attacks.cw import CW
 from guardbench.attacks.deepfool import DeepFool
 from guardbench.attacks.fgsm import FGSM
@@ -383,6 +385,50 @@ def test_steps_survive_gradients_too_small_to_square():
         assert step.isfinite().all()
         assert step[0, 0, 0, 1] == 0, "no step from a NaN"
         assert step[1, 0, 0, 0] > 0 > step[1, 0, 1, 1]
+
+
+class Strict(nn.Module):
+    """A model of somebody's that refuses what is no image."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.asked = model, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = (float(value) for value in x.detach().aminmax())
+        assert low >= 0, low
+        assert high <= 1, high
+        self.asked += 1
+        return self.model(x)
+
+
+SHORT: dict[str, dict[str, object]] = {
+    "apgd": {"steps": 10},
+    "fab": {"steps": 10},
+    "mim": {"steps": 5, "step": "1/50"},
+    "pgd": {"steps": 5, "step": "1/50"},
+    "spsa": {"steps": 3, "samples": 8},
+    "square": {"queries": 50},
+    "vmifgsm": {"steps": 3, "neighbours": 3},
+}
+
+
+@pytest.mark.parametrize("threat", [LINF, ThreatModel("l2", Fraction(2))], ids=str)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_attack_asks_the_model_about_images_alone(kind, threat, tmp_path):
+    params = {**SHORT.get(kind, {})}
+    if kind == "transfer":
+        surrogate = build_model("convnet-d3", channels=1, classes=5, resolution=8, seed=1)
+        save_weights(surrogate, tmp_path / "s.safetensors")
+        params = {"weights": str(tmp_path / "s.safetensors"), "arch": "convnet-d3",
+                  "sha256": file_digest(tmp_path / "s.safetensors")}  # fmt: skip
+    model = Strict(linear(5, pixels=64)).eval()
+    x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).mul(1.4).sub(0.2)
+    x = x.clamp(0, 1)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    run(build_attack(kind, threat, params), model, x, y)
+    assert model.asked > 2
 
 
 class Detached(nn.Module):
