@@ -90,6 +90,9 @@ def from_file(
             assert normalisation is not None
             source = normalisation
             model.mean, model.std = read_normalisation(normalisation, channels)
+        if "n_averaged" in state:  # of torch.optim.swa_utils.AveragedModel, beside its `module.`
+            state = {key: value for key, value in state.items() if key != "n_averaged"}
+            steps.append("without 'n_averaged'")
         state, taken = _without_prefix(state, model.backbone)
         steps += taken
         _fit(model.backbone, state, weights, arch)

@@ -79,6 +79,16 @@ def test_what_training_scripts_save_beside_the_weights_is_passed_over(trained, t
     torch.testing.assert_close(load(tmp_path / "w.pt").model(x), model(x), rtol=0, atol=0)
 
 
+def test_an_average_of_weights_is_read_without_its_counter(trained, tmp_path):
+    model, x = trained
+    averaged = torch.optim.swa_utils.AveragedModel(model.backbone)
+    averaged.update_parameters(model.backbone)
+    torch.save(averaged.state_dict(), tmp_path / "w.pt")
+    found = load(tmp_path / "w.pt")
+    torch.testing.assert_close(found.model(x), model(x), rtol=0, atol=0)
+    assert found.described.weights == "without 'n_averaged', without 'module.'"
+
+
 @pytest.mark.parametrize(
     ("place", "names"),
     [("normalize.", ("mean", "std")), ("0.", ("mean", "std")), ("", ("mu", "sigma"))],
