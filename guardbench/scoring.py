@@ -22,6 +22,7 @@ from guardbench.attacks.base import (
     LOGIT_NOISE,
     Attack,
     Images,
+    UnsteadyError,
     plan_batches,
     run_batch,
     score_clean,
@@ -49,6 +50,7 @@ from guardbench.checks import (
 )
 from guardbench.commit import UNKNOWN
 from guardbench.distillers.base import PlannedStage
+from guardbench.errors import GuardbenchError
 from guardbench.processes import Processes
 from guardbench.progress import Stage
 from guardbench.protocol import AttackSpec, Protocol
@@ -56,7 +58,11 @@ from guardbench.records import Check, Outcome, SeedRun, StageCost
 from guardbench.runtime import Run, seeded
 from guardbench.scoring_plan import ScoringPlan, built, run_by, taken_over
 from guardbench.stages import StageFolder, stage_cost
+from guardbench.store import write_text
 from guardbench.tier import measured
+
+UNSTEADY_NOTE = "unsteady.txt"
+"""In the folder of the checks: an attack has found two answers to one image, which the checks had not."""
 
 
 class Costs:
@@ -125,7 +131,8 @@ def score(
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
         lucky = answering_at_random("random-answers" in unsteady)
-        with costs.of(stage), stage.folder.claimed(made_from) as stored, lucky:
+        noted = _noting_unsteady(plan.checks.folder)
+        with costs.of(stage), stage.folder.claimed(made_from) as stored, lucky, noted:
             before = {
                 each.name: outcomes[each.name] for each in taken_over(protocol, spec, plan.engine)
             }
@@ -141,7 +148,8 @@ def score(
         found = alone(scored, protocol)
         # Made anew where other images are alone now.
         of = canonical.digest([made_from, found.model_dump(mode="json")])
-        with costs.of(last), last.folder.claimed(of) as stored:
+        noted = _noting_unsteady(plan.checks.folder)
+        with costs.of(last), last.folder.claimed(of) as stored, noted:
             if stored is None:
                 stored = _attack(
                     run, protocol, TARGETED, plan, last.folder, model, *fast, x, y, found, {},
@@ -150,6 +158,19 @@ def score(
             standing = Outcome.model_validate(stored["outcome"])
     judged = judge(scored, protocol, standing)
     return scored.model_copy(update={"checks": {**checks, **judged}})
+
+
+@contextmanager
+def _noting_unsteady(checks: StageFolder) -> Iterator[None]:
+    """Has the next run know what the checks did not see: that the model answers one image in two ways."""
+    try:
+        yield
+    except UnsteadyError as error:
+        write_text(checks.path / UNSTEADY_NOTE, f"{error}\n")
+        raise GuardbenchError(
+            f"{error}, which the checks did not see. Run the same command again: it goes on, counts such "
+            "an image as broken and flags the record."
+        ) from error
 
 
 def images_at_a_time(attack: Attack, x: Tensor) -> int:
@@ -238,7 +259,13 @@ def _inspect(
                 )
             words = {name: check.model_dump(mode="json") for name, check in found.items()}
             stored = folder.finish(run.device, checks=words)
-    return {name: Check.model_validate(words) for name, words in stored["checks"].items()}
+    checks = {name: Check.model_validate(words) for name, words in stored["checks"].items()}
+    noted = run.processes.from_main((folder.path / UNSTEADY_NOTE).is_file)
+    if noted and checks:
+        before = checks["random-answers"]
+        value = max(before.value, 1 / before.images)  # one image at least
+        checks["random-answers"] = before.model_copy(update={"value": value})
+    return checks
 
 
 def _shown(bar: Stage, count: int, sure: int) -> Tell:

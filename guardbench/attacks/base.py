@@ -90,6 +90,10 @@ class BatchOutcome:
     distance: Tensor
 
 
+class UnsteadyError(GuardbenchError):
+    """Two scorings of one adversarial image differ."""
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Holds `model` still: no gradient reaches its weights while the context is open.
@@ -379,7 +383,7 @@ def _broken(
     if steady and (wrong := (first != second) & ~(margin <= noise)).any():
         row = wrong.nonzero()[0, 0]
         before, after = (float(margin_of(scores, y)[row]) for scores in (logits, again))
-        raise GuardbenchError(
+        raise UnsteadyError(
             f"image {_first(wrong, index)}: the model's margin is {before:+.4g} and {after:+.4g} in"
             " two scorings of the same adversarial image at different batch sizes; its answers"
             " are random or depend on the batch"

@@ -31,6 +31,7 @@ from guardbench.checks import (
     inspect,
     judge,
 )
+from guardbench.errors import GuardbenchError
 from guardbench.processes import Processes
 from guardbench.progress import Progress
 from guardbench.protocol import AttackSpec, load_protocol
@@ -214,6 +215,38 @@ def test_a_coin_a_pass_is_told_whatever_it_shows(honest) -> None:
         torch.manual_seed(seed)
         looked = _first_look(OneOfTwo(model, other).eval(), x[:IMAGES], y[:IMAGES])
         assert looked["random-answers"].float().mean() > 0.5
+
+
+class OffTheGrid(nn.Module):
+    """Steady on images of whole sixteenths, as all clean ones are; elsewhere a coin picks a network."""
+
+    def __init__(self, model: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.model, self.coin = model, OneOfTwo(model, other)
+
+    def forward(self, images: Tensor) -> Tensor:
+        clean = ((16 * images) % 1 == 0).flatten(1).all(1)
+        return torch.where(clean[:, None], self.model(images), self.coin(images))
+
+
+@pytest.mark.parametrize(("kind", "tries"), [(OneOfTwo, 1), (OffTheGrid, 2)])
+def test_a_model_that_answers_at_random_is_scored_and_flagged(
+    honest, tmp_path, kind, tries
+) -> None:
+    """Where the checks could not see it, the same command goes on when it is given again."""
+    model, x, y = honest
+    turned = Wrapped(model, before=lambda x: x.flip(3)).eval()
+    with torch.no_grad():
+        both = turned(x).argmax(1) == y
+    x, y = x[both][:40], y[both][:40]
+    coin = kind(model, turned).eval()
+    for _ in range(tries - 1):
+        with pytest.raises(GuardbenchError, match=r"in two scorings .* Run the same command again"):
+            scored(coin, x, y, tmp_path)
+    found = scored(coin, x, y, tmp_path)
+    (line,) = (line for line in flags((found,)) if line.startswith("random-answers"))
+    assert 'AutoAttack with version = "rand"' in line
+    assert scored(coin, x, y, tmp_path) == found
 
 
 class Rough(nn.Module):
