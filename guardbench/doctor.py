@@ -328,16 +328,19 @@ def _listed(folder: Path) -> tuple[int, int, bool]:
     return files, size, True
 
 
+def _written(places: Places) -> list[tuple[str, Path, str]]:
+    """What a run writes, where, and the option that names the folder."""
+    from guardbench.data.files import cache_root
+
+    cache = cache_root(places.cache_dir)
+    return [("workspace", places.output, "--output"), ("cache", cache, "--cache-dir")]
+
+
 def disk(places: Places) -> Iterator[Line]:
     """Space left where results and decoded images go."""
-    from guardbench.data.files import cache_root
     from guardbench.report import byte_size
 
-    where = (
-        ("workspace", places.output, "--output"),
-        ("cache", cache_root(places.cache_dir), "--cache-dir"),
-    )
-    for name, folder, option in where:
+    for name, folder, option in _written(places):
         free = shutil.disk_usage(_there(folder)).free
         found = f"{byte_size(free)} free for {folder}"
         remedy = f"free some space, or choose another folder with {option}"
@@ -352,19 +355,9 @@ def writable(places: Places) -> Iterator[Line]:
     """Whether results and caches can be written, and files be locked there."""
     from huggingface_hub.constants import HF_HOME
 
-    from guardbench.data.files import CACHE_VARIABLE, cache_root
-
-    where = (
-        ("workspace", places.output, "choose another folder with --output", True),
-        (
-            "cache",
-            cache_root(places.cache_dir),
-            f"choose another folder with {CACHE_VARIABLE}",
-            False,
-        ),
-        ("Hugging Face cache", Path(HF_HOME), "choose another folder with HF_HOME", False),
-    )
-    for name, folder, remedy, vital in where:
+    hub = ("Hugging Face cache", Path(HF_HOME), "HF_HOME")
+    for name, folder, setting in (*_written(places), hub):
+        remedy, vital = f"choose another folder with {setting}", name == "workspace"
         there = _there(folder)
         try:
             if not there.is_dir():
@@ -390,18 +383,14 @@ def _lockable(name: str, folder: Path, there: Path) -> Line:
         if held:
             return Line(f"locks {name}", "green", f"files can be locked in {folder}")
     remedy = "give each run a folder of its own, or choose one on a disk with locks (Lustre: mount -o flock)"
-    found = (
-        f"{folder}: no file locks there, so two runs at a time would do the same twice, or mix it"
-    )
+    found = f"{folder}: no file locks there, so two runs at a time would get in each other's way"
     return Line(f"locks {name}", "yellow", found, remedy)
 
 
 def _there(folder: Path) -> Path:
     """The folder itself, or the nearest one above it that there is."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    whole = folder.absolute()
+    return next(path for path in (whole, *whole.parents) if path.exists())
 
 
 def adapter() -> Iterator[Line]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from guardbench.data.catalog import dataset_info
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
+from guardbench.forecast import expected_seconds
 from guardbench.labels import LabelStore
 from guardbench.methods import load_method
 from guardbench.models import build_model
@@ -24,7 +25,6 @@ from guardbench.pipeline import (
     Plan,
     Settings,
     choose_protocol,
-    expected_seconds,
     make_plan,
     official_stages,
     planned_method,

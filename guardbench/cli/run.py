@@ -107,7 +107,8 @@ def run(
     """
     console = make_console()
     with console.status("looking around") if console.is_terminal else _Quiet():
-        from guardbench.pipeline import Settings, execute, expected_seconds, make_plan
+        from guardbench.forecast import expected_seconds
+        from guardbench.pipeline import Settings, execute, make_plan
         from guardbench.progress import Progress
 
         settings = Settings(

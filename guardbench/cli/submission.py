@@ -294,7 +294,7 @@ def score(
     Example: guardbench submission score submissions/mine
     """
     from guardbench.cli.run import print_stages
-    from guardbench.pipeline import expected_seconds
+    from guardbench.forecast import expected_seconds
     from guardbench.progress import Progress
     from guardbench.ranking import threat_text
     from guardbench.report import print_record

@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 
 import guardbench
-from guardbench import filing, pipeline
+from guardbench import filing, forecast, pipeline
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
 from guardbench.filing import require_known_code, require_the_boards_images
+from guardbench.forecast import expected_seconds
 from guardbench.pipeline import (
     Plan,
     Settings,
     execute,
-    expected_seconds,
     make_plan,
     planned_method,
     prepare,
@@ -183,7 +183,7 @@ def test_a_stage_is_reckoned_at_the_speed_of_its_own_network(tmp_path, monkeypat
     """DC under a protocol of ResNet-18 students matches a ConvNet, and does so on every process alone."""
     rates = {"resnet18": 10.0, "convnet-d3": 100.0}
     monkeypatch.setattr(
-        pipeline, "_images_per_second", lambda _device, _precision, arch, *_: rates[arch]
+        forecast, "_images_per_second", lambda _device, _precision, arch, *_: rates[arch]
     )
     protocol = load_protocol("cifar10")
     assert protocol.student.arch == "resnet18"

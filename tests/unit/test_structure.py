@@ -44,7 +44,7 @@ ROOMS = [
     ["training"],
     ["attacks"],
     ["checks", "classifiers", "shift"],
-    ["scoring_plan", "scoring", "curve", "diagnosis"],
+    ["scoring_plan", "scoring", "curve", "diagnosis", "forecast"],
     ["references"],
     ["evaluation"],
     ["pipeline", "assessment"],

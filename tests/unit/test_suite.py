@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from guardbench import pipeline, suite_run, suite_table
+from guardbench import forecast, pipeline, suite_run, suite_table
 from guardbench.cli import app
 from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
@@ -657,7 +657,7 @@ def test_shards_are_divided_alike_before_and_after_a_part_of_the_images_is_decod
             for number in range(4 if split == "val" else 2):
                 Image.new("RGB", (32, 32), (number, 0, 0)).save(place / f"{number}.png")
     monkeypatch.setenv("GUARDBENCH_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(pipeline, "_images_per_second", lambda *_: 100.0)
+    monkeypatch.setattr(forecast, "_images_per_second", lambda *_: 100.0)
     before = [plan_of(shard, "--data-dir", "data") for shard in ("1/2", "2/2")]
     names = [name for each in before for name in each["cells"]]
     assert len(names) == len(set(names)) == 8, "disjoint, and together all"
