@@ -300,12 +300,11 @@ def execute(plan: Plan) -> Finished:
             plan = make_plan(settings, run.progress)
             run = plan.task.run
         run.require_alike(train_images=train.digest, validation_images=test.digest)
-        if settings.log_with:
-            run.accelerator.init_trackers(f"{plan.method.name}-{protocol.id}-ipc{settings.ipc}")
-        distilled = plan.distiller.distill(plan.task, train)
+        with run.tracked_as(*_tracked(plan)):
+            distilled = plan.distiller.distill(plan.task, train)
+            seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, train, test)
         distilling = Costs()
         distilling.add(*(stage.folder for stage in plan.distilling))
-        seeds, evaluating = evaluate(run, protocol, plan.evaluating, distilled, train, test)
         record = ResultRecord(
             tier=settings.tier,
             protocol=protocol.id,
@@ -334,9 +333,19 @@ def execute(plan: Plan) -> Finished:
             **networks(plan.distilling, plan.evaluating),
             **run.processes.from_main(lambda: file_record(record, plan.place, warnings.append)),
         }
-        for tracker in run.accelerator.trackers:
-            tracker.finish()
     return Finished(record, paths, tuple(warnings))
+
+
+def _tracked(plan: Plan) -> tuple[str, dict[str, object]]:
+    """What trackers call a run, and its settings."""
+    recipe = plan.task.recipe
+    tables = {"regulariser": recipe.regulariser, **recipe.params}
+    settings = {
+        f"{table}.{key}": value for table, found in tables.items() for key, value in found.items()
+    }
+    head = {"method": plan.method.name, "protocol": plan.protocol.id, "ipc": plan.settings.ipc}
+    name = f"{plan.method.name}-{plan.protocol.id}-ipc{plan.settings.ipc}{plan.place.mark}"
+    return name, {**head, "seed": plan.settings.seed, **settings}
 
 
 def _keep_references(plan: Plan) -> None:

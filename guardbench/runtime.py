@@ -100,6 +100,26 @@ class Run:
         """Whether `--log-with` names any tracker."""
         return bool(self.accelerator.log_with)
 
+    @contextlib.contextmanager
+    def tracked_as(self, name: str, settings: Mapping[str, object]) -> Iterator[None]:
+        """Inside, the trackers of `--log-with` hold a run of that name; whatever ends it, they are closed.
+
+        Args:
+            name: TensorBoard's folder below `trackers`; Weights & Biases has all runs in one project.
+            settings: what the run is compared by.
+        """
+        if self.tracked:
+            config = self.accelerator.project_configuration
+            config.logging_dir = str(Path(config.logging_dir or "") / name)
+            known = {key: value if isinstance(value, (int, float)) else str(value)
+                     for key, value in settings.items()}  # fmt: skip
+            self.accelerator.init_trackers("guardbench", known, {"wandb": {"name": name}})
+        try:
+            yield
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
     def log(self, stage: str, step: int, **values: float) -> None:
         """Tells the trackers of `--log-with`, if any, as `<stage>/<value>`.
 

@@ -93,6 +93,7 @@ class DM:
                 )
                 synthetic.step(loss)
                 bar.advance(1, f"loss {value:.3f}")
+                run.log("match", step + 1, loss=value)
                 if folder.due() and step + 1 < params.iterations:
                     folder.checkpoint({"step": step + 1, "synthetic": synthetic.state()})
         return synthetic.save(task, folder)

@@ -229,6 +229,7 @@ class _Training:
                 weights = self.average.clone() if self.params.ema else self.flat.weights()
                 kept.append(weights.cpu())
                 bar.advance(1, f"loss {loss:.3f}")
+                run.log(folder.name, epoch + 1, loss=loss)
                 if epoch + 1 < epochs and folder.due():
                     folder.checkpoint(self._state(kept, 0, generator))
         return kept

@@ -144,6 +144,7 @@ class _GradientMatching:
                 if (step + 1) % outer:  # the last step's network would be thrown away
                     self._train(network, optimizer, step)
                 bar.advance(1, f"iteration {step // outer + 1} loss {loss:.3f}")
+                run.log("match", step + 1, loss=loss)
                 if folder.due() and step + 1 < total:
                     folder.checkpoint(self._state(step + 1, network, optimizer))
         return self.synthetic.save(self.task, folder)

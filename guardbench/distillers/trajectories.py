@@ -308,6 +308,7 @@ class _Matching:
             for iteration in range(first, count):
                 loss = self._iterate(iteration)
                 bar.advance(1, f"loss {loss:.4f} student lr {self.lr.item():.4g}")
+                task.run.log("match", iteration + 1, loss=loss, student_lr=self.lr.item())
                 if folder.due() and iteration + 1 < count:
                     folder.checkpoint(
                         {

@@ -15,6 +15,7 @@ from guardbench.progress import Progress
 from guardbench.protocol import load_protocol
 from guardbench.record_files import load_record
 from guardbench.registry import DISTILLERS
+from guardbench.runtime import Run
 
 SHORT = """
 [threat]
@@ -95,10 +96,19 @@ def test_every_distiller_has_its_cuts() -> None:
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_a_method_runs_and_resumes(tmp_path: Path, name: str) -> None:
+def test_a_method_runs_and_resumes(tmp_path: Path, monkeypatch, name: str) -> None:
     wanted = settings(tmp_path, name, CUTS[load_method(name).distiller])
+    told: set[str] = set()
+    monkeypatch.setattr(Run, "tracked", True)
+    monkeypatch.setattr(Run, "log", lambda _run, stage, _step, **_values: told.add(stage))
     before = global_generators()
     first = execute(make_plan(wanted, Progress()))
+    trained = {
+        stage.folder.name
+        for stage in make_plan(wanted, Progress()).stages
+        if stage.folder.name.split()[0] in ("squeeze", "recover", "match", "expert", "student")
+    }
+    assert told == trained, "trackers are told the losses of all that is trained"
     assert global_generators() == before, "every draw is from a generator that a name has seeded"
     record = load_record(first.paths["record"])
     assert record.method.name == name

@@ -19,6 +19,9 @@ class Tracker:
     def log(self, values: dict[str, float], step: int | None = None) -> None:
         self.told.append((values, step))
 
+    def finish(self) -> None:
+        self.told.append("finished")
+
 
 @pytest.fixture
 def run() -> Run:
@@ -44,3 +47,28 @@ def test_the_first_process_alone_tells(run: Run) -> None:
     run.processes.rank = 1
     run.log("squeeze", 1, loss=1.0)
     assert not [tracker for tracker in run.accelerator.trackers if tracker.told]
+
+
+def test_a_run_has_a_name_and_its_settings_and_is_closed_whatever_ends_it(
+    tmp_path, monkeypatch
+) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    accelerator.log_with = ["wandb"]
+    begun: list[tuple] = []
+
+    def init(project: str, config: dict, more: dict) -> None:
+        begun.append((project, config, more, accelerator.logging_dir))
+        accelerator.trackers = [Tracker("wandb")]
+
+    monkeypatch.setattr(accelerator, "init_trackers", init)
+    run = Run(accelerator=accelerator, workspace=None, seed=0, progress=Progress())
+    with (
+        pytest.raises(KeyboardInterrupt),
+        run.tracked_as("guard-digits-ipc1-seed0", {"ipc": 1, "squeeze.crop_scale": (0.5, 1.0)}),
+    ):
+        raise KeyboardInterrupt
+    ((project, config, more, folder),) = begun
+    assert (project, more) == ("guardbench", {"wandb": {"name": "guard-digits-ipc1-seed0"}})
+    assert config == {"ipc": 1, "squeeze.crop_scale": "(0.5, 1.0)"}
+    assert folder == str(tmp_path / "guard-digits-ipc1-seed0")
+    assert accelerator.trackers[0].told == ["finished"]
