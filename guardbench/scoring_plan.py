@@ -140,7 +140,7 @@ def plan_scoring(
                  "columns": [stage.folder.key for stage in attacks], "search": search}  # fmt: skip
         targeted = PlannedStage(
             run.stage(f"checks black-box {seed}", "attacks", words),
-            "images that no gradient broke",
+            "a few images",
             protocol.test.count / 100 * passes,
             fp32=True,
         )

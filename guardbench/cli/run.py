@@ -206,7 +206,11 @@ def print_stages(console: Console, stages: Sequence[PlannedStage], seconds: floa
 
     groups: dict[str, list[PlannedStage]] = {}
     for stage in stages:
-        groups.setdefault(stage.folder.name.split(" ")[0], []).append(stage)
+        kind, _, rest = stage.folder.name.rpartition(" ")
+        whole = kind if rest.isdecimal() else stage.folder.name
+        groups.setdefault(whole if whole.startswith("checks") else whole.split()[0], []).append(
+            stage
+        )
     console.print("  stages", highlight=False)
     for title, alike in groups.items():
         done = sum(stage.folder.finished() is not None for stage in alike)
@@ -214,7 +218,7 @@ def print_stages(console: Console, stages: Sequence[PlannedStage], seconds: floa
         many = f" x {len(alike)}" if len(alike) > 1 else ""
         many += " seeds" if many and title not in ("reference", "expert") else ""
         console.print(
-            f"    {title:<12} {alike[0].steps + many:<28} {mark}", highlight=False, soft_wrap=True
+            f"    {title:<16} {alike[0].steps + many:<28} {mark}", highlight=False, soft_wrap=True
         )
     time = "nothing is left to do" if not seconds else f"about {clock(seconds)}"
     console.print(f"  {'expected':<12} {time}", highlight=False)
