@@ -89,6 +89,22 @@ def test_a_method_with_a_regulariser_is_its_base_in_all_else(name: str, base: st
         assert recipe.params == plain.recipes[key].params
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "weight"),
+    [
+        ("guard", "curvature", 1.0),
+        ("cda-guard", "curvature", 1.0),
+        ("dc-guard", "curvature", 1.0),
+        ("guard-released", "curvature", 1e-4),
+        ("guard-double", "curvature-double", 5.0),
+    ],
+)
+def test_each_form_of_guard_has_one_meaning_at_every_size(name, kind, weight) -> None:
+    for key, recipe in load_method(name).recipes.items():
+        h = load_method("guard").recipes[key].regulariser["h"]
+        assert recipe.regulariser == {"kind": kind, "weight": weight, "h": h}, key
+
+
 @pytest.mark.parametrize("name", ["cda", "random", "herding", "k-center"])
 def test_what_is_compared_with_sre2l_has_its_teacher(name: str) -> None:
     plain = load_method("sre2l")

@@ -12,12 +12,16 @@ from guardbench.metrics import estimate
 from guardbench.record_files import load_record
 
 ROOT = methods_folder().parent
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(
+    not (README.is_file() and (ROOT / "leaderboards").is_dir()), reason="not in a checkout"
+)
 TABLE = re.compile(r"^`([a-z0-9-]+)`, IPC (\d+),.*?\n\n((?:\|.*\n)+)", re.MULTILINE)
 
 
 def tables() -> list[tuple[str, str, str]]:
     """Protocol, IPC and text of each table of results in README."""
-    return TABLE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    return TABLE.findall(README.read_text(encoding="utf-8")) if README.is_file() else []
 
 
 def told(row: dict[str, Any], column: str) -> set[str]:
@@ -68,7 +72,7 @@ def test_the_tables_of_readme_are_the_boards(protocol: str, ipc: str, text: str)
 
 
 @pytest.mark.parametrize("method", ["guard", "sre2l"])
-def test_the_default_dataset_keeps_its_promises(method: str) -> None:
+def test_the_published_digits_records_keep_what_newcomers_are_promised(method: str) -> None:
     """An eps at which 20 to 80% survive, so that the table says something; and at most 2 GB."""
     record = load_record(
         Path(methods_folder() / method / "results" / "digits" / "ipc10-seed0.json")

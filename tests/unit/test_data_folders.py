@@ -69,7 +69,10 @@ def test_images_come_by_class_and_then_by_name(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
     tench = imagenette(tmp_path) / "imagenette" / "train" / "n01440764"
-    shutil.copy(tench / "b.png", os.fsdecode(os.fsencode(tench) + b"/caf\xe9.png"))
+    try:
+        shutil.copy(tench / "b.png", os.fsdecode(os.fsencode(tench) + b"/caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
     with pytest.raises(GuardbenchError, match=r"caf\\udce9\.png: the name is not UTF-8; rename"):
         load(tmp_path)
 

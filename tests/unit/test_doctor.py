@@ -241,6 +241,7 @@ def test_each_precision_is_native_emulated_or_absent(
     """As of a GPU with bf16 units, of one on which torch emulates them, and of one without either."""
     device = SimpleNamespace(device=torch.device(kind))
     monkeypatch.setattr("guardbench.devices.make_accelerator", lambda *_: device)
+    monkeypatch.setattr("guardbench.devices.Path.is_file", lambda _: True)  # /proc/cpuinfo
     monkeypatch.setattr("guardbench.devices.Path.read_text", lambda _: flags)
     monkeypatch.setattr(
         torch.cuda,

@@ -22,9 +22,11 @@ def test_the_picture_has_a_row_a_class_and_its_images_in_order(tmp_path, classes
     with Image.open(tmp_path / "p.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     rows = min(classes, 20)  # as documented
-    # A note below says that there are more, at 64 dots an inch.
-    side = (pixels.shape[0] - (19 if classes > rows else 0)) / rows
-    assert (pixels[int(rows * side) :].min(initial=255) < 128) == (classes > rows)
+    # A note below says that there are more; a row is an inch, of at least 64 dots.
+    side = 64
+    below = pixels[rows * side :]
+    assert (below.size > 0) == (classes > rows)
+    assert (below.min(initial=255) < 128) == (classes > rows)
     for row in range(rows):
         for column in range(3):
             x = pixels.shape[1] - (3 - column - 0.5) * side  # the names are on the left

@@ -586,11 +586,13 @@ def block(language: str, inside: str) -> str:
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch) -> Path:
-    """A `guardbench` that writes down what it was told."""
+    """A `guardbench` that writes down what it was told; and a `timeout -s TERM 5h`, which macOS lacks."""
     path = tmp_path / "bin" / "guardbench"
     path.parent.mkdir()
     path.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/told"\n')
-    path.chmod(0o755)
+    path.with_name("timeout").write_text('#!/bin/sh\nshift 3\nexec "$@"\n')
+    for program in path.parent.iterdir():
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path / "told"
 
