@@ -169,7 +169,8 @@ def _attacked(
         found["black-box"] = fooled(Square(threat=threat, queries=QUERIES))
         rest = (found["black-box"] & ~found["restarts"]).nonzero().squeeze(1)
         found["targeted"] = torch.zeros_like(found["black-box"])
-        found["targeted"][rest] = _fooled(model, FAB(threat=threat), x[rest], y[rest], seed)
+        if len(rest):
+            found["targeted"][rest] = _fooled(model, FAB(threat=threat), x[rest], y[rest], seed)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,7 +132,7 @@ def require_the_boards_images(checkout: Path, protocol: Protocol, tested: TestSe
 
 
 def require_known_code(checkout: Path) -> None:
-    """Refuses a public row that could not name the code that made it, before the long part.
+    """Refuses a public row that could not name the code that makes it.
 
     Raises:
         GuardbenchError: this guardbench is not that of `checkout`, or is not as it was committed.
@@ -154,13 +154,28 @@ def require_known_code(checkout: Path) -> None:
         )
 
 
+def require_committed(stage: Path, commits: Iterable[str | None]) -> None:
+    """Refuses a public row on a finished stage, in the folder `stage`, that other code has made.
+
+    Raises:
+        GuardbenchError: one of the `commits` that made it cannot be named.
+    """
+    if any(commit is None or commit.endswith("-dirty") for commit in commits):
+        raise GuardbenchError(
+            f"--publish: {stage} was made by code that is not committed, or no checkout's; delete it, and it "
+            "is made again."
+        )
+
+
 def checkout_for(protocol: Protocol) -> Path:
-    """`current_checkout`, for a record under `protocol`, which must be a published one."""
+    """`current_checkout`, for a record under `protocol`, which must be public; see `require_known_code`."""
     if protocol.id not in protocol_ids():
         raise GuardbenchError(
             f"--publish: {protocol.id} is your own protocol; only published ones have public boards."
         )
-    return current_checkout()
+    checkout = current_checkout()
+    require_known_code(checkout)
+    return checkout
 
 
 def current_checkout() -> Path:

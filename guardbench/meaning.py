@@ -12,5 +12,6 @@ MEANING: dict[str, str] = {
     "restarts": "nine more random starts of PGD break images that one does not",
     "black-box": "attacks that see none of its gradients (Square, SPSA, transfer) beat white-box ones",
     "single-step": "FGSM beats attacks of many steps",
+    "unsteady": "under attack an image got two answers, at random or by those beside it; the checks saw none",
 }
 """What each check looks for; a flag says so."""

@@ -31,7 +31,7 @@ from guardbench.filing import (
     engine_mark,
     file_record,
     own_protocol,
-    require_known_code,
+    require_committed,
     require_the_boards_images,
 )
 from guardbench.methods import MethodFile, Recipe, load_method, overridden, set_mark
@@ -375,8 +375,9 @@ def prepare(plan: Plan) -> tuple[RealDataset, RealDataset]:
     if plan.checkout is not None:
         for split in (train, test):
             require_complete(split)
-        require_known_code(plan.checkout)
         require_the_boards_images(plan.checkout, plan.protocol, tested)
+        for folder in (stage.folder for stage in plan.stages):
+            require_committed(folder.path, (folder.finished() or {}).get("commits", ()))
     elif not test.complete and plan.protocol.test.sha256 is None:
         plan.task.run.progress.say(
             f"{len(test)} of {dataset_info(test.name).val_count} validation images of {test.name} are here: "

@@ -21,6 +21,7 @@ from guardbench.attacks.autoattack import AutoAttack
 from guardbench.attacks.base import (
     LOGIT_NOISE,
     Attack,
+    BatchOutcome,
     Images,
     UnsteadyError,
     plan_batches,
@@ -61,7 +62,7 @@ from guardbench.stages import StageFolder, stage_cost
 from guardbench.store import write_text
 from guardbench.tier import measured
 
-UNSTEADY_NOTE = "unsteady.txt"
+UNSTEADY_LATER, UNSTEADY_NOTE = "unsteady", "unsteady.txt"
 """In the folder of the checks: an attack has found two answers to one image, which the checks had not."""
 
 
@@ -125,13 +126,15 @@ def score(
         clean = _score(run, model, x, y, plan.clean, made_from)
     with costs.of(plan.checks):
         checks = _inspect(run, protocol, plan, model, x, y, clean, made_from)
-    unsteady = [name for name in UNSTEADY if name in checks and checks[name].flagged]
+    unsteady = [
+        name for name in (*UNSTEADY, UNSTEADY_LATER) if name in checks and checks[name].flagged
+    ]
     left = any(stage.folder.finished() is None for stage in plan.stages)
     fast = search_model(model, x[:8].to(run.device), plan.search) if left else (model, plan.search)
     outcomes: dict[str, Outcome] = {}
     for spec, stage in zip(protocol.attacks, plan.attacks, strict=True):
         lucky = answering_at_random("random-answers" in unsteady)
-        noted = _noting_unsteady(plan.checks.folder)
+        noted = _noting_unsteady(run, plan.checks.folder)
         with costs.of(stage), stage.folder.claimed(made_from) as stored, lucky, noted:
             before = {
                 each.name: outcomes[each.name] for each in taken_over(protocol, spec, plan.engine)
@@ -148,7 +151,7 @@ def score(
         found = alone(scored, protocol)
         # Made anew where other images are alone now.
         of = canonical.digest([made_from, found.model_dump(mode="json")])
-        noted = _noting_unsteady(plan.checks.folder)
+        noted = _noting_unsteady(run, plan.checks.folder)
         with costs.of(last), last.folder.claimed(of) as stored, noted:
             if stored is None:
                 stored = _attack(
@@ -161,12 +164,16 @@ def score(
 
 
 @contextmanager
-def _noting_unsteady(checks: StageFolder) -> Iterator[None]:
-    """Has the next run know what the checks did not see: that the model answers one image in two ways."""
+def _noting_unsteady(run: Run, checks: StageFolder) -> Iterator[None]:
+    """Has the next run know what the checks did not see: that the model answers one image in two ways.
+
+    All processes of the run raise it.
+    """
     try:
         yield
     except UnsteadyError as error:
-        write_text(checks.path / UNSTEADY_NOTE, f"{error}\n")
+        if run.processes.main:
+            write_text(checks.path / UNSTEADY_NOTE, f"{error}\n")
         raise GuardbenchError(
             f"{error}, which the checks did not see. Run the same command again: it goes on, counts such "
             "an image as broken and flags the record."
@@ -261,10 +268,8 @@ def _inspect(
             stored = folder.finish(run.device, checks=words)
     checks = {name: Check.model_validate(words) for name, words in stored["checks"].items()}
     noted = run.processes.from_main((folder.path / UNSTEADY_NOTE).is_file)
-    if noted and checks:
-        before = checks["random-answers"]
-        value = max(before.value, 1 / before.images)  # one image at least
-        checks["random-answers"] = before.model_copy(update={"value": value})
+    if noted:  # one image at least
+        checks[UNSTEADY_LATER] = Check(value=1 / clean.total, limit=0.0, images=clean.total)
     return checks
 
 
@@ -275,12 +280,14 @@ def _shown(bar: Stage, count: int, sure: int) -> Tell:
     )
 
 
-def _same(state: Mapping[str, Any], right: Tensor) -> bool:
-    """Whether a checkpoint counts among the images that are `right` now, bool [N].
+def _same(state: Mapping[str, Any], right: Tensor, steady: bool) -> bool:
+    """Whether a checkpoint counts among the images that are `right` now, bool [N], and judged as now.
 
     Verdicts that an attack builds on may have been deleted and made anew, with others on another device.
+    Older checkpoints do not say.
     """
-    return "right" in state and torch.equal(state["right"], right)
+    alike = torch.equal(state.get("right", right), right)
+    return alike and state.get("steady", steady) == steady
 
 
 def _attack(
@@ -313,21 +320,25 @@ def _attack(
     untouched = run_by(attack) == "reference"
     state = folder.begin(run.device)
     decided = 0  # how many of those that are right have their verdict, in order
-    if state is not None and _same(state, right):
+    if state is not None and _same(state, right, steady):
         decided, robust, distance = int(state["decided"]), state["robust"], state["distance"]
     elif state is not None:
-        folder.say(f"{folder.name}: the images that it attacks are others now, so it begins anew")
+        folder.say(
+            f"{folder.name}: its images, or how they are judged, are others now, so it begins anew"
+        )
     processes = run.processes
     # Of several processes, each is at another place of its own streams.
     kept = (state or {}) if processes.main else folder.own()
-    streams = kept["streams"] if _same(kept, right) and kept["decided"] == decided else []
+    same = "streams" in kept and _same(kept, right, steady)
+    streams = kept["streams"] if same and kept["decided"] == decided else []
+    on = {"right": right, "steady": steady}
 
     def keep(decided: int, streams: list[dict[str, Any]]) -> None:
         whole = {"robust": robust, "distance": distance}
-        folder.checkpoint({"right": right, "decided": decided, "streams": streams, **whole})
+        folder.checkpoint({**on, "decided": decided, "streams": streams, **whole})
 
     def keep_own(decided: int, streams: list[dict[str, Any]]) -> None:
-        folder.checkpoint_own({"right": right, "decided": decided, "streams": streams})
+        folder.checkpoint_own({**on, "decided": decided, "streams": streams})
 
     named = derive_seed(plan.seed, "attack", spec.name)
     # Planned anew from the first undecided image: on another device a batch may be of another size.
@@ -341,13 +352,19 @@ def _attack(
             journal = Journal(folder.due_alone, write, streams)
             mine = part_of(index, processes, size, whole=untouched)
             shown = _shown(bar, len(index), sure)
+            found: BatchOutcome | UnsteadyError | None = None
             with telling(shown), journaling(journal), seeded(named):
-                found = run_batch(
-                    attack, model, x, y, mine + first, seed=named,
-                    searched=None if untouched else fast,
-                    slack=SLACK if precision == "bf16" else LOGIT_NOISE, steady=steady,
-                ) if len(mine) else None  # fmt: skip
+                try:
+                    found = run_batch(
+                        attack, model, x, y, mine + first, seed=named,
+                        searched=None if untouched else fast,
+                        slack=SLACK if precision == "bf16" else LOGIT_NOISE, steady=steady,
+                    ) if len(mine) else None  # fmt: skip
+                except UnsteadyError as error:
+                    found = error  # which all processes end with
             for part in processes.collect(found):
+                if isinstance(part, UnsteadyError):
+                    raise part
                 if part is not None:
                     robust[part.index - first] = ~part.broken
                     distance[part.index - first] = part.distance

@@ -21,6 +21,7 @@ from guardbench.checks import (
     QUERIES,
     RESTARTS,
     TARGETED,
+    UNBOUNDED,
     compared,
 )
 from guardbench.devices import bf16_gains
@@ -32,6 +33,8 @@ from guardbench.records import Engine
 from guardbench.runtime import Run
 from guardbench.tier import measured
 
+REVISED = {"spsa": 2, "vmifgsm": 2, "transfer": 2}
+"""Kinds of attack whose verdicts alone have changed since `ENGINE_VERSION` was raised."""
 ENGINES = ("autoattack", "square")
 """The kinds of attack that `--engine` chooses between."""
 
@@ -106,7 +109,8 @@ def plan_scoring(
     checks = PlannedStage(
         run.stage(f"checks {seed}", "attacks", words),
         f"{IMAGES} images",
-        IMAGES * ((50 + 20 * RESTARTS / 3) * 2 / 3 + QUERIES / 6 * ("black-box" in compare)),
+        IMAGES
+        * ((UNBOUNDED.steps + 20 * RESTARTS / 3) * 2 / 3 + QUERIES / 6 * ("black-box" in compare)),
         fp32=True,
     )
     attacks = []
@@ -127,6 +131,8 @@ def plan_scoring(
         theirs = run_by(attack) == "reference"
         version = importlib.metadata.version("pyautoattack") if theirs else ENGINE_VERSION
         words["engine"] = f"{'pyautoattack' if theirs else 'guardbench'} {version}"
+        if spec.kind in REVISED:
+            words["revision"] = REVISED[spec.kind]
         before = taken_over(protocol, spec, engine)
         if before:
             words["after"] = [other.model_dump(mode="json") for other in before]

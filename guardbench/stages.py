@@ -189,6 +189,7 @@ class StageFolder:
             made_from: as `claimed` has it, for a stage whose result stands by itself once it is finished:
                 only what is unfinished is of no use where the files that it was made from are others now.
         """
+        assert not (made_from and self._made_from), "the finished result is bound already"
         self._made_from = made_from or self._made_from
         self._begun = self._saved = time.monotonic()
         self._meter = MemoryMeter(device)

@@ -175,11 +175,11 @@ def _each(wanted: Sequence[Wanted], common: Settings) -> Iterator[tuple[Wanted, 
         choose_protocol(each.dataset, each.protocol)
     threads = torch.get_num_threads()
     for each in wanted:
-        torch.set_num_threads(threads)  # planning tiny images leaves one thread
         yield each, replace(
             common, method=each.method, dataset=each.dataset, protocol=each.protocol, ipc=each.ipc,
             overrides=each.overrides, references=each.references,
         )  # fmt: skip
+        torch.set_num_threads(threads)  # planning tiny images leaves one thread
 
 
 def _planned(

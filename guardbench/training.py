@@ -286,7 +286,7 @@ class _Training:
 
     def resume(self, state: dict[str, Any] | None) -> None:
         """Goes on from what `state` gave to an earlier run, if its labels were the same."""
-        if state is not None and state.get("labels") != self.labels:
+        if state is not None and state.get("labels", self.labels) != self.labels:
             self.folder.say(f"{self.folder.name}: its labels are others now, so it begins anew")
         elif state is not None:
             self.epoch = int(state["epoch"])

@@ -37,7 +37,6 @@ from guardbench.filing import (
     engine_mark,
     file_record,
     own_protocol,
-    require_known_code,
     require_the_boards_images,
 )
 from guardbench.metrics import Measurement, estimate
@@ -272,7 +271,6 @@ def execute_score(scoring: Scoring) -> Finished:
         # What cannot be measured or published is refused before the long part.
         tested = measured_test(protocol, test, scoring.evaluating.sample)
         if scoring.place.checkout is not None:
-            require_known_code(scoring.place.checkout)
             require_the_boards_images(scoring.place.checkout, protocol, tested)
         run.require_alike(train_images=train.digest, validation_images=test.digest)
         distilled = _distilled(scoring)

@@ -244,8 +244,10 @@ def test_a_model_that_answers_at_random_is_scored_and_flagged(
         with pytest.raises(GuardbenchError, match=r"in two scorings .* Run the same command again"):
             scored(coin, x, y, tmp_path)
     found = scored(coin, x, y, tmp_path)
-    (line,) = (line for line in flags((found,)) if line.startswith("random-answers"))
-    assert 'AutoAttack with version = "rand"' in line
+    raised = [
+        line.split(":")[0] for line in flags((found,)) if line.startswith(("random", "unsteady"))
+    ]
+    assert raised == (["random-answers"] if tries == 1 else ["unsteady"])
     assert scored(coin, x, y, tmp_path) == found
 
 
@@ -417,7 +419,9 @@ def test_a_trained_network_raises_nothing(tmp_path) -> None:
         optimizer.step()
     found = scored(model.eval(), x[1200:1500], y[1200:1500], tmp_path)
     assert found.clean.correct > 240
-    assert {*found.checks} == {*MEANING}
+    assert {*found.checks} == {*MEANING} - {"unsteady"}, (
+        "which is there only where an attack found it"
+    )
     assert flags((found,)) == ()
 
 

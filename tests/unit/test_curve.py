@@ -233,9 +233,8 @@ def test_a_curve_is_flagged_where_it_ends_clearly_above_chance():
         "above-chance: 30.0% right at the largest radius, 255/255 (chance 10.0%): the gradients mislead PGD"
     )
     assert flags(30, "1", classes=3) == ()
-    for norm, eps in (("linf", "8/255"), ("l2", "16")):
-        (line,) = flags(30, eps, norm)
-        assert line.endswith("or the radii end too early")
+    # No image need fall there, so an honest classifier may stand.
+    assert flags(90, "8/255") == flags(90, "16", "l2") == ()
 
 
 LINEAR = """

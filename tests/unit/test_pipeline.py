@@ -15,7 +15,7 @@ from guardbench.data.catalog import dataset_info
 from guardbench.data.dataset import load_split
 from guardbench.distillers.base import PlannedStage
 from guardbench.errors import GuardbenchError
-from guardbench.filing import require_known_code, require_the_boards_images
+from guardbench.filing import require_committed, require_known_code, require_the_boards_images
 from guardbench.forecast import expected_seconds
 from guardbench.pipeline import (
     Plan,
@@ -168,6 +168,15 @@ def test_a_public_row_names_the_code_that_made_it(
     checkout = Path(guardbench.__file__).parents[1] if here else tmp_path
     with nullcontext() if said is None else pytest.raises(GuardbenchError, match=said):
         require_known_code(checkout)
+
+
+def test_a_public_row_takes_over_no_stage_of_code_that_it_cannot_name() -> None:
+    require_committed(Path("squeeze"), ["abc", "unknown"])  # older stages did not say
+    for commit in (None, "abc-dirty"):
+        with pytest.raises(
+            GuardbenchError, match=r"^--publish: squeeze was made by code that is not"
+        ):
+            require_committed(Path("squeeze"), ["abc", commit])
 
 
 def test_another_engine_makes_another_file(imagenette: Path) -> None:
