@@ -224,7 +224,8 @@ BROKEN = {
         rewritten(ipc="7"),
         "submission.toml: ipc: no protocol measures digits at 8 px, IPC 7; there are cifar10 at 32 px, "
         "IPC 1, 10, 50, 100; digits at 8 px, IPC 1, 10, 50, 100; imagenet at 224 px, IPC 1, 10, 50, 100; "
-        "imagenette at 224 px, IPC 1, 10, 50, 100; imagenette at 64 px, IPC 1, 10, 50, 100.",
+        "imagenette at 224 px, IPC 1, 10, 50, 100; imagenette at 64 px, IPC 1, 10, 50, 100; "
+        "tiny-imagenet at 64 px, IPC 1, 10, 50, 100.",
     ),
     "unknown field": (
         rewritten(colour='"red"'),
