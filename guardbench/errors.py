@@ -18,3 +18,8 @@ def brief(error: BaseException, limit: int = 160) -> str:
     """The first line of another library's error, cut short; its kind when it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:limit]
+
+
+def not_now(path: object, error: Exception) -> GuardbenchError:
+    """For a file that is there and cannot be read: a disk that fails once is no reason to delete anything."""
+    return GuardbenchError(f"{path}: cannot be read now ({brief(error)}); run again.")

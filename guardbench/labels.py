@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from guardbench import canonical
-from guardbench.errors import GuardbenchError, brief
+from guardbench.errors import GuardbenchError, not_now
 from guardbench.sealed import read_tensors, write_tensors
 from guardbench.store import read_text, write_text
 
@@ -78,9 +78,7 @@ class LabelStore:
         except FileNotFoundError:
             data = b""
         except OSError as error:
-            raise GuardbenchError(
-                f"{path}: cannot be read now ({brief(error)}); run again."
-            ) from error
+            raise not_now(path, error) from error
         if hashlib.sha256(data).hexdigest() != sha256:
             raise GuardbenchError(
                 f"{path}: missing or changed since it was written; delete its folder and run again to "

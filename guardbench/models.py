@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from guardbench.errors import GuardbenchError, brief
+from guardbench.errors import GuardbenchError, brief, not_now
 from guardbench.protocol import unknown
 from guardbench.runtime import Run
 from guardbench.store import write_bytes
@@ -390,7 +390,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{path}: not weights of this architecture: {brief(error)}"
         ) from error
     except OSError as error:
-        raise GuardbenchError(f"{path}: cannot be read now ({brief(error)}); run again.") from error
+        raise not_now(path, error) from error
 
 
 def load_trained(run: Run, model: Classifier, path: Path) -> Classifier:

@@ -20,7 +20,7 @@ import torch
 
 from guardbench import canonical, interrupts, locks
 from guardbench.devices import MemoryMeter, device_name, others_on
-from guardbench.errors import GuardbenchError, brief
+from guardbench.errors import GuardbenchError, brief, not_now
 from guardbench.processes import Processes
 from guardbench.records import StageCost
 from guardbench.sealed import read_sealed, write_sealed
@@ -175,9 +175,7 @@ class StageFolder:
                 f"{path}: {error}; delete the folder and run again to rebuild it."
             ) from error
         except OSError as error:
-            raise GuardbenchError(
-                f"{path}: cannot be read now ({brief(error)}); run again."
-            ) from error
+            raise not_now(path, error) from error
         return dict(stored)
 
     def begin(self, device: torch.device, made_from: str | None = None) -> dict[str, Any] | None:

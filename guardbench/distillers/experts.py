@@ -26,7 +26,7 @@ from torch.func import functional_call
 from guardbench.data.augment import apply_crops, draw_crops, draw_flips
 from guardbench.data.dataset import RealDataset
 from guardbench.distillers.base import PlannedStage, Task, to_lower
-from guardbench.errors import GuardbenchError, brief
+from guardbench.errors import GuardbenchError, brief, not_now
 from guardbench.fields import Name, Strict
 from guardbench.models import Classifier, batch_norms, build_model
 from guardbench.protocol import LARGEST_RATE, CropScale
@@ -85,9 +85,7 @@ class Trajectory:
                 "run again to rebuild it."
             ) from error
         except OSError as error:
-            raise GuardbenchError(
-                f"{self.path}: cannot be read now ({brief(error)}); run again."
-            ) from error
+            raise not_now(self.path, error) from error
         return weights
 
 
