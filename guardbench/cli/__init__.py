@@ -89,10 +89,12 @@ def main() -> None:
             from guardbench.devices import out_of_memory
             from guardbench.processes import lost_peer
 
-            words = _MEMORY if out_of_memory(error) else lost_peer(error)
+            if out_of_memory(error):
+                _fail(_MEMORY)
+            words = lost_peer(error)
             if words is None:
                 raise
-            _fail(words)
+            _fail(words, at_once=True)
         except MemoryError:
             _fail(_MEMORY)
         except OSError as error:
@@ -137,9 +139,17 @@ def _mistyped(error: Exception) -> str | None:
     return f"{words} See {context.command_path} --help." if context else words
 
 
-def _fail(words: str) -> NoReturn:
+def _fail(words: str, *, at_once: bool = False) -> NoReturn:
+    """Prints the line and exits with 2.
+
+    Args:
+        at_once: without torch's own end, which aborts at times where a peer is gone.
+    """
     from guardbench.fields import printable
 
     who = f"process {process_rank()}: " if process_rank() else ""
     typer.echo(f"{who}error: {printable(words, 4000)}", err=True)
+    if at_once:
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)

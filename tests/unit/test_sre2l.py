@@ -425,7 +425,10 @@ def test_a_teacher_is_shared_by_every_ipc(tmp_path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_at_once(tmp_path) -> None:
     task = make_task(tmp_path, squeeze={"lr": 1e30})
-    with pytest.raises(GuardbenchError, match=r"squeeze, epoch 1, step \d+.*lower squeeze.lr, as"):
+    with pytest.raises(
+        GuardbenchError,
+        match=r"squeeze, epoch 1, step \d+.*lower squeeze.lr or regulariser.weight, as",
+    ):
         SRe2L().distill(task, load_digits())
     assert not list(tmp_path.rglob("stage.json"))
 
