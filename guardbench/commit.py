@@ -37,6 +37,11 @@ def running_commit() -> str | None:
     return checkout_commit()
 
 
+def is_named(commit: str | None) -> bool:
+    """Whether a commit says which code it was: there is one, and the code was as it has it."""
+    return commit is not None and not commit.endswith("-dirty")
+
+
 def commits_text(commits: Iterable[str | None]) -> str | None:
     """The commits that made the stages of a record, each once, in their order; None for no checkout.
 

@@ -10,7 +10,7 @@ from typing import get_args
 
 import guardbench
 from guardbench.board import Area
-from guardbench.commit import running_commit
+from guardbench.commit import is_named, running_commit
 from guardbench.errors import GuardbenchError
 from guardbench.leaderboard import (
     alone_at,
@@ -143,12 +143,8 @@ def require_known_code(checkout: Path) -> None:
             f"--publish: the guardbench that runs is that of {ran}, and a public row is made by the one that "
             f"stands beside it: run python -m pip install -e {checkout} first."
         )
-    if commit is None or commit.endswith("-dirty"):
-        what = (
-            "git knows no commit of it"
-            if commit is None
-            else "its code or recipes are not committed"
-        )
+    if not is_named(commit):
+        what = "its code or recipes are not committed" if commit else "git knows no commit of it"
         raise GuardbenchError(
             f"--publish: {checkout}: {what}, and a public row names the commit that made it: commit first."
         )
@@ -160,7 +156,7 @@ def require_committed(stage: Path, commits: Iterable[str | None]) -> None:
     Raises:
         GuardbenchError: one of the `commits` that made it cannot be named.
     """
-    if any(commit is None or commit.endswith("-dirty") for commit in commits):
+    if not all(map(is_named, commits)):
         raise GuardbenchError(
             f"--publish: {stage} was made by code that is not committed, or no checkout's; delete it, and it "
             "is made again."

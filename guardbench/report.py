@@ -193,6 +193,11 @@ def _footnotes(record: AnyRecord) -> list[str]:
     return lines
 
 
+def without_number(stage: str) -> str:
+    """What the stages of several seeds have in common: `pgd100` of `pgd100 1`."""
+    return re.sub(r" \d+$", "", stage)
+
+
 def stage_groups(record: AnyRecord) -> list[tuple[str, list[StageCost]]]:
     """The stages in the order in which they ran, those that differ in a number alone together, with its name.
 
@@ -200,7 +205,7 @@ def stage_groups(record: AnyRecord) -> list[tuple[str, list[StageCost]]]:
     """
     groups: dict[str, list[StageCost]] = {}
     for stage in record.cost:
-        groups.setdefault(re.sub(r" \d+$", "", stage.stage), []).append(stage)
+        groups.setdefault(without_number(stage.stage), []).append(stage)
     several = {"expert": "trajectories"}
     return [
         (name if len(some) == 1 else f"{name}, {len(some)} {several.get(name, 'seeds')}", some)

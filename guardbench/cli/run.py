@@ -203,14 +203,12 @@ def print_plan(console: Console, plan: Plan, seconds: float) -> None:
 def print_stages(console: Console, stages: Sequence[PlannedStage], seconds: float) -> None:
     """Prints stages by name, the seeds of one kind together, what is done, and the expected time."""
     from guardbench.progress import clock
+    from guardbench.report import without_number
 
     groups: dict[str, list[PlannedStage]] = {}
     for stage in stages:
-        kind, _, rest = stage.folder.name.rpartition(" ")
-        whole = kind if rest.isdecimal() else stage.folder.name
-        groups.setdefault(whole if whole.startswith("checks") else whole.split()[0], []).append(
-            stage
-        )
+        kind = without_number(stage.folder.name)
+        groups.setdefault("reference" if kind.startswith("reference") else kind, []).append(stage)
     console.print("  stages", highlight=False)
     for title, alike in groups.items():
         done = sum(stage.folder.finished() is not None for stage in alike)

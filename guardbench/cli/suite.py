@@ -253,8 +253,9 @@ def _plan(
 
     progress = Progress(console)
     with console.status("planning") if console.is_terminal else nullcontext():
-        shards = divide(official_suite(wanted, common, progress), of)
         whole = plan_suite(wanted, common, progress)
+        # One shard has all; several agree by what no machine moves, which is planned for its own sake.
+        shards = divide(official_suite(wanted, common, progress), of) if of > 1 else [whole.cells]
     names = {cell.name for cell in shards[number - 1]}
     mine = [cell for cell in whole.cells if cell.name in names]
     if decode and (skip or all(cell.plan is not None for cell in mine)):
